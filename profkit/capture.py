@@ -1,0 +1,337 @@
+"""Measuring: warm-up, control, clean and profiled passes over an unmodified generate() → Run."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from profkit import anatomy as anatomies
+from profkit import attribution, chrome, environment, kineto, tables, tracks
+from profkit import run as runs
+from profkit.anatomy import Anatomy
+from profkit.environment import device_of, preserved_random_state, random_state, restore_random_state
+from profkit.errors import InputError, MeasurementError, ProfkitError
+from profkit.hooks import Call, Granularity, Instrument, sequences
+from profkit.ledger import Ledger, Scope, Scopes
+from profkit.run import Pass, Run
+from profkit.spans import Spans
+
+SAMPLE = Scope("sample", "sample")
+INPUT_STAGES = ("load", "preprocess", "transfer")
+DEFAULT_STEPS = frozenset(range(5))
+"""The prefill and four decode steps: a profile whose size does not grow with the output."""
+
+
+class Sample(Protocol):
+    """Inputs that are loaded, preprocessed and transferred as part of the measurement."""
+
+    def load(self) -> Any: ...
+
+    def preprocess(self, loaded: Any) -> Any: ...
+
+    def transfer(self, batch: Any) -> Mapping[str, Any]: ...
+
+
+@dataclass
+class Plan:
+    """What trace() is to do; see there."""
+
+    warmup: int = 1
+    repeat: int = 5
+    granularity: Granularity = "layer"
+    profile: bool = True
+    profile_steps: frozenset[int] = DEFAULT_STEPS
+    seed: int | None = None
+    progress: Callable[[str], None] = field(default=lambda what: None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.repeat < 1:
+            raise InputError(f"repeat is {self.repeat}: at least one clean pass is needed.")
+        if self.warmup < 0:
+            raise InputError(f"warmup is {self.warmup}: it cannot be negative.")
+
+
+def inspect(model: nn.Module, **generate_kwargs: Any) -> Anatomy:
+    """Return where the parts of a model are and how each was found.
+
+    With `generate_kwargs` the model is run for two new tokens, and each part says how often it fired.
+
+    Raises AnatomyError if the model has no generate() or no decoder.
+    """
+    found = anatomies.find(model)
+    if not generate_kwargs:
+        return found
+    with profile(model, granularity="layer", anatomy=found) as prof, preserved_random_state():
+        model.generate(**{**generate_kwargs, "max_new_tokens": 2, "min_new_tokens": 2})  # type: ignore[operator]
+    return prof.anatomy
+
+
+@contextmanager
+def profile(
+    model: nn.Module, *, granularity: Granularity = "layer", anatomy: Anatomy | None = None
+) -> Iterator[Run]:
+    """Measure every generate() in the body with hooks and device events alone; the value is a Run.
+
+    `granularity` is "stage", "layer" (also decoder and tower layers, attention, MLP) or "module".
+    The Run's tables are there once the body is left. An exception in the body propagates unchanged, and
+    what was measured until then is kept; hooks and probes come off in every case.
+    """
+    found = anatomy or anatomies.find(model)
+    scopes = Scopes()
+    ledger = Ledger(scopes)
+    result = Run(environment.describe(model), found, scopes.list, [])
+    instrument = Instrument(model, found, ledger, granularity)
+    try:
+        with instrument:
+            yield result
+    finally:
+        spans = Spans(_marks(ledger, instrument), scopes.list)
+        result.passes = [Pass("clean", _generate_ns(spans), spans)]
+        result.anatomy = found.with_calls(_calls_by_path(spans))
+        result.manifest["calls"] = [_call_dict(call) for call in instrument.calls]
+        result.manifest["faults"] = ledger.faults
+        result.manifest["checks"] = {"repaired": vars(spans.repair)}
+
+
+def trace(
+    model: nn.Module,
+    generate_kwargs: Mapping[str, Any] | None = None,
+    *,
+    sample: Sample | None = None,
+    options: Mapping[str, Any] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    anatomy: Anatomy | None = None,
+    manifest: Mapping[str, Any] | None = None,
+    **plan: Any,
+) -> Run:
+    """Measure generate() clean and explain it profiled; save the run to `out` if given.
+
+    Either `generate_kwargs`, or a `sample` whose loading, preprocessing and transfer are measured too; `options`
+    are added to what it gives to generate(). `plan` may give warmup (1), repeat (5 clean passes, each beside
+    an uninstrumented control), granularity ("layer"), profile (True: one pass inside torch.profiler),
+    profile_steps (the steps it records: 0 to 4), seed (of every pass; None: the current random state), and
+    progress (called with a sentence as each part begins). The random state is left as it was.
+
+    Raises InputError for a target that cannot be written, AnatomyError for a model that cannot be measured,
+    MeasurementError if generate() fails.
+    """
+    what = Plan(**plan)
+    target = Path(out) if out is not None else None
+    if target is not None:
+        runs.check_target(target, force)
+    if what.profile:
+        kineto.refuse_other_profilers()
+    if (sample is None) == (generate_kwargs is None):
+        raise InputError("trace() takes either generate_kwargs or a sample, not both and not neither.")
+    with preserved_random_state():
+        tracing = _Tracing(model, sample, {**(generate_kwargs or {}), **(options or {})}, anatomy, what)
+        result = tracing.run(dict(manifest or {}))
+    if target is not None:
+        result.save(target, force)
+    return result
+
+
+class _Tracing:
+    """One trace(): runs the passes in order and puts the Run together."""
+
+    def __init__(
+        self, model: nn.Module, sample: Sample | None, kwargs: dict[str, Any], anatomy: Anatomy | None, plan: Plan
+    ) -> None:
+        self.model, self.sample, self.kwargs, self.plan = model, sample, kwargs, plan
+        self.anatomy = anatomy or anatomies.find(model)
+        self.device = device_of(model)
+        self.scopes = Scopes([SAMPLE, *(Scope(f"{name}()", "input", name) for name in INPUT_STAGES)])
+        self.random_state = random_state()
+        self.tokens: dict[str, list[torch.Tensor | None]] = {"control": [], "clean": [], "profiled": []}
+        self.calls: list[Call] = []
+        self.faults: list[str] = []
+
+    def run(self, manifest: dict[str, Any]) -> Run:
+        started_ms = int(time.time() * 1000)
+        for number in range(self.plan.warmup):
+            self.plan.progress(f"warm-up {number + 1} of {self.plan.warmup}")
+            self.control()
+        passes: list[Pass] = []
+        for number in range(self.plan.repeat):
+            self.plan.progress(f"repeat {number + 1} of {self.plan.repeat}")
+            # In alternation, and in alternating order (ABBA), so that drift falls on both alike.
+            pair = (self.control, self.clean) if number % 2 == 0 else (self.clean, self.control)
+            passes += [measure() for measure in pair]
+        clean = [one.spans for one in passes if one.spans is not None]
+        checks: dict[str, Any] = {"sums": "exact", "repaired": vars(clean[0].repair)}
+        for spans in clean:
+            spans.check()
+        result = Run(
+            {**environment.describe(self.model), "started_unix_ms": started_ms, **manifest, "plan": self._plan_dict()},
+            self.anatomy.with_calls(_calls_by_path(clean[0])),
+            self.scopes.list,
+            passes,
+        )
+        if self.plan.profile:
+            self.plan.progress("profiled pass")
+            self.profiled(result)
+        checks["same_tokens"] = self.same_tokens()
+        result.manifest["calls"] = [_call_dict(self.calls[0])]
+        result.manifest["tokens"] = _token_list(self.tokens["clean"][0])
+        result.manifest["checks"] = {**result.manifest.get("checks", {}), **checks}
+        result.manifest["faults"] = self.faults
+        return result
+
+    def _plan_dict(self) -> dict[str, Any]:
+        plan = {key: value for key, value in vars(self.plan).items() if key != "progress"}
+        return {**plan, "profile_steps": sorted(self.plan.profile_steps)}
+
+    def control(self) -> Pass:
+        """generate() with nothing attached."""
+        self._reset_random_state()
+        output, elapsed = self._generate(self._prepared())
+        self.tokens["control"].append(_cpu(sequences(output)))
+        return Pass("control", elapsed)
+
+    def clean(self) -> Pass:
+        """generate() with hooks and device events alone."""
+        ledger = Ledger(self.scopes)
+        instrument = Instrument(self.model, self.anatomy, ledger, self.plan.granularity)
+        elapsed = self._instrumented(ledger, instrument, "clean")
+        return Pass("clean", elapsed, Spans(_marks(ledger, instrument), self.scopes.list))
+
+    def profiled(self, result: Run) -> None:
+        """generate() with hooks inside torch.profiler; adds operators, trace and checks to the run."""
+        ledger = Ledger(self.scopes)
+        session = kineto.Session(self.plan.profile_steps, self.device)
+        instrument = Instrument(
+            self.model, self.anatomy, ledger, self.plan.granularity, session.wrap, session.on_iteration
+        )
+        with session:
+            elapsed = self._instrumented(ledger, instrument, "profiled")
+        spans = Spans(_marks(ledger, instrument), self.scopes.list)
+        content = chrome.parse(session.export())
+        known = tuple(sorted(self.plan.profile_steps & set(range(len(spans.steps)))))
+        result.passes.append(Pass("profiled", elapsed, spans, known))
+        own = attribution.is_range(content.events)
+        profile_clock = attribution.aligned(spans, content.events)
+        result.operators = tables.operator_table(profile_clock, content.events.select(~own))
+        shown = tracks.of(profile_clock, runs.recorded(spans, known))
+        result.trace_json = chrome.encode(content, own, shown, {"model": self.anatomy.model_class, "steps": known})
+        result.manifest["checks"] = {"trace": validate(result.trace_json)}
+
+    def _instrumented(self, ledger: Ledger, instrument: Instrument, kind: str) -> int:
+        self._reset_random_state()
+        with instrument:
+            if self.sample is None:
+                output, elapsed = self._generate(self._prepared())
+            else:
+                with ledger.scope(SAMPLE):
+                    output, elapsed = self._generate(self._prepared(ledger))
+        self.tokens[kind].append(_cpu(sequences(output)))
+        self.calls += instrument.calls
+        self.faults += ledger.faults
+        return elapsed
+
+    def _prepared(self, ledger: Ledger | None = None) -> dict[str, Any]:
+        """Return the arguments of generate(), from the sample if there is one, marked in `ledger`."""
+        if self.sample is None:
+            return _fresh(self.kwargs)
+        value: Any = None
+        for name in INPUT_STAGES:
+            step = getattr(self.sample, name)
+            arguments = () if name == "load" else (value,)
+            if ledger is None:
+                value = step(*arguments)
+            else:
+                with ledger.scope(Scope(f"{name}()", "input", name)):
+                    value = step(*arguments)
+        return {**value, **self.kwargs}
+
+    def _generate(self, kwargs: Mapping[str, Any]) -> tuple[Any, int]:
+        begin = time.perf_counter_ns()
+        try:
+            output = self.model.generate(**kwargs)  # type: ignore[operator]
+        except ProfkitError:
+            raise
+        except Exception as error:
+            raise MeasurementError(describe_failure(error, self.model)) from error
+        elapsed = time.perf_counter_ns() - begin
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return output, elapsed
+
+    def _reset_random_state(self) -> None:
+        if self.plan.seed is not None:
+            torch.manual_seed(self.plan.seed)
+        else:
+            restore_random_state(self.random_state)
+
+    def same_tokens(self) -> bool | None:
+        """Tell whether every pass gave the tokens of the first control; None if there are none to compare."""
+        first, *others = [one for kind in self.tokens.values() for one in kind]
+        if first is None or any(one is None for one in others):
+            return None
+        return all(one is not None and torch.equal(first, one) for one in others)
+
+
+def describe_failure(error: Exception, model: nn.Module) -> str:
+    """Return one sentence on an exception that generate() raised."""
+    name, text = type(model).__name__, " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text or "out of memory" in text:
+        return (
+            f"{name}.generate() ran out of memory on {device_of(model)}: try --dtype bfloat16, fewer "
+            f"--max-new-tokens, or a smaller model ({text[:200]})."
+        )
+    return f"{name}.generate() failed: {type(error).__name__}: {text[:500]}"
+
+
+def validate(trace_json: bytes) -> str:
+    """Return the verdict of torch's own trace validator, or why there is none."""
+    try:
+        from torch.profiler._trace_validator import validate_trace
+    except ImportError:
+        return f"not checked: torch {torch.__version__} has no trace validator"
+    with tempfile.TemporaryDirectory(prefix="profkit-") as folder:
+        path = Path(folder) / "trace.json"
+        path.write_bytes(trace_json)
+        passed, violations = validate_trace(str(path))
+    return "passed" if passed else "; ".join(str(one) for one in violations[:5])
+
+
+def _fresh(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments for one more generate(): a cache given by the user would remember the last one."""
+    return {key: copy.deepcopy(value) if key == "past_key_values" else value for key, value in kwargs.items()}
+
+
+def _marks(ledger: Ledger, instrument: Instrument) -> Any:
+    return ledger.marks(instrument.clock.resolve if instrument.clock else None)
+
+
+def _generate_ns(spans: Spans) -> int:
+    outer = spans.is_kind("generate") & (spans.depth == 0)
+    return int(spans.total_ns[outer].sum())
+
+
+def _calls_by_path(spans: Spans) -> dict[str, int]:
+    counts = np.bincount(spans.scope, minlength=len(spans.scopes)).tolist()
+    return {scope.path: count for scope, count in zip(spans.scopes, counts, strict=True)}
+
+
+def _cpu(tokens: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tokens is None else tokens.cpu()
+
+
+def _token_list(tokens: torch.Tensor | None) -> list[list[int]] | None:
+    return None if tokens is None else tokens.tolist()
+
+
+def _call_dict(call: Call) -> dict[str, int]:
+    return {"batch": call.batch, "prompt_tokens": call.prompt_tokens}

@@ -1,0 +1,86 @@
+"""What a measurement stands on: device, versions, random state."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter, the CPU if it has none."""
+    first = next(model.parameters(), None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """Return what a run must say of model, device and versions, as plain values."""
+    config = getattr(model, "config", None)
+    parameter = next(model.parameters(), None)
+    return {
+        "model_class": type(model).__name__,
+        "device": str(device_of(model)),
+        "device_name": device_name(device_of(model)),
+        "dtype": str(parameter.dtype).removeprefix("torch.") if parameter is not None else None,
+        "parameters": sum(one.numel() for one in model.parameters()),
+        "attention": getattr(config, "_attn_implementation", None),
+        "config": config.to_dict() if hasattr(config, "to_dict") else None,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("profkit", "torch", "transformers", "numpy", "pandas")},
+        },
+        "platform": f"{platform.system()} {platform.machine()}",
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the device as its maker calls it, the processor's kind for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine() if device.type == "cpu" else str(device)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def random_state() -> list[torch.Tensor]:
+    """Return the state of torch's generators: the CPU's and each accelerator's."""
+    states = [torch.get_rng_state()]
+    if torch.accelerator.is_available() and (device := _device_module()) is not None:
+        states += list(device.get_rng_state_all())
+    return states
+
+
+def restore_random_state(states: Sequence[torch.Tensor]) -> None:
+    """Set the generators back to what random_state() returned."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1 and (device := _device_module()) is not None:
+        device.set_rng_state_all(list(states[1:]))
+
+
+def _device_module() -> Any:
+    module = torch.get_device_module()
+    return module if hasattr(module, "get_rng_state_all") else None
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Leave torch's random state as it was found."""
+    states = random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(states)

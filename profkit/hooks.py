@@ -1,0 +1,267 @@
+"""Hooks and method probes: they write the marks of a run, and come off without a trace."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from profkit.anatomy import Anatomy, ancestors, is_layer_list, within
+from profkit.clock import DeviceClock
+from profkit.environment import device_of
+from profkit.errors import InputError
+from profkit.ledger import Ledger, Scope
+
+Granularity = Literal["stage", "layer", "module"]
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+
+Marker = Callable[[int], int]
+MarkerWrapper = Callable[[Marker], Marker]
+
+STAGE_OF_ROLE = {
+    "vision_tower": "vision",
+    "audio_tower": "audio",
+    "projector": "projector",
+    "embed": "embed",
+    "lm_head": "head",
+}
+FEATURES = re.compile(r"get_(\w+_)?features")
+TOKEN_INPUTS = ("inputs_embeds", "input_ids", "hidden_states")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of generate() as seen from outside: sizes and the tokens it returned (or None)."""
+
+    batch: int
+    prompt_tokens: int
+    tokens: torch.Tensor | None
+
+
+class Instrument:
+    """A context that hooks a model's parts and probes its methods, writing to a ledger.
+
+    An error inside the instrument is kept in `ledger.faults`; generate() goes on. On leaving the
+    context every hook and probe is removed, whatever happened inside.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        ledger: Ledger,
+        granularity: Granularity = "layer",
+        wrap_marker: MarkerWrapper | None = None,
+        on_iteration: Callable[[int], None] | None = None,
+    ) -> None:
+        if granularity not in GRANULARITIES:
+            raise InputError(f"Unknown granularity {granularity!r}: choose one of {', '.join(GRANULARITIES)}.")
+        self.calls: list[Call] = []
+        self.clock = DeviceClock.of(device_of(model))
+        self._model = model
+        self._anatomy = anatomy
+        self._ledger = ledger
+        self._granularity = granularity
+        marker = ledger.marker(self.clock.record if self.clock else None)
+        self._mark = wrap_marker(marker) if wrap_marker else marker
+        self._on_iteration = on_iteration
+        self._passes = self._iterations = 0
+        self._handles: list[Any] = []
+        self._probes: list[tuple[nn.Module, str, Any, Any]] = []
+        self._active = False
+
+    def __enter__(self) -> Instrument:
+        try:
+            if self.clock:
+                self.clock.restart()
+                self.clock.reserve(4096)
+            for module, scope in plan(self._model, self._anatomy, self._granularity):
+                self._hook(module, scope)
+            for module, name, scope in methods(self._model, self._anatomy):
+                self._probe(module, name, scope)
+        except BaseException:
+            self.remove()
+            raise
+        self._active = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take off every hook and probe that this instrument put on, and no others."""
+        self._active = False
+        while self._handles:
+            self._handles.pop().remove()
+        while self._probes:
+            module, name, probe, original = self._probes.pop()
+            if module.__dict__.get(name) is not probe:
+                continue
+            if original is None:
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = original
+
+    # -- hooks on modules ----------------------------------------------------------------------
+
+    def _hook(self, module: nn.Module, scope: Scope) -> None:
+        code = self._ledger.scopes.number(scope)
+        mark = self._mark
+        keep = self._handles.append
+
+        # Hooks return None: anything else would replace the module's inputs or output.
+        def enter(module: nn.Module, args: Any) -> None:
+            mark(code)
+
+        def enter_decoder(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._begin_pass()
+            self._note(mark(code), lambda: sequence_length(args, kwargs))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            mark(-code)
+
+        if scope.kind == "decoder":
+            keep(module.register_forward_pre_hook(enter_decoder, with_kwargs=True))
+        else:
+            keep(module.register_forward_pre_hook(enter))
+        keep(module.register_forward_hook(leave, always_call=True))
+
+    def _note(self, index: int, tokens: Callable[[], int]) -> None:
+        try:
+            self._ledger.note(index, tokens())
+        except Exception as error:
+            self._ledger.fault(error, "token count")
+
+    def _begin_pass(self) -> None:
+        self._begin_iteration()
+        self._passes += 1
+
+    def _begin_iteration(self) -> None:
+        """Tell the profiler's window that step number `_passes` begins, once a step."""
+        if self._on_iteration is None or self._passes < self._iterations:
+            return
+        self._iterations = self._passes + 1
+        try:
+            self._on_iteration(self._passes)
+        except Exception as error:
+            self._ledger.fault(error, "profiler window")
+
+    # -- probes on methods ---------------------------------------------------------------------
+
+    def _probe(self, module: nn.Module, name: str, scope: Scope) -> None:
+        code, mark = self._ledger.scopes.number(scope), self._mark
+        bound = getattr(module, name)
+
+        # generate() inspects the signatures of methods it calls: wraps() keeps them.
+        @functools.wraps(bound)
+        def probe(*args: Any, **kwargs: Any) -> Any:
+            if not self._active:
+                return bound(*args, **kwargs)
+            if scope.kind == "prepare":
+                self._begin_iteration()
+            index = mark(code)
+            output = None
+            try:
+                if scope.kind == "generate":
+                    self._note(index, lambda: prompt_size(args, kwargs)[1])
+                output = bound(*args, **kwargs)
+                return output
+            finally:
+                mark(-code)
+                if scope.kind == "generate":
+                    self._keep_call(args, kwargs, output)
+
+        self._probes.append((module, name, probe, module.__dict__.get(name)))
+        module.__dict__[name] = probe
+
+    def _keep_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        try:
+            batch, tokens = prompt_size(args, kwargs)
+            self.calls.append(Call(batch, tokens, sequences(output)))
+        except Exception as error:
+            self._ledger.fault(error, "outputs of generate()")
+
+
+def plan(model: nn.Module, anatomy: Anatomy, granularity: Granularity) -> Iterator[tuple[nn.Module, Scope]]:
+    """Yield each module to hook with its scope, each module once."""
+    modules = dict(model.named_modules())
+    scopes: dict[str, Scope] = {}
+    for part in anatomy.parts:
+        if part.role in STAGE_OF_ROLE:
+            scopes.setdefault(part.path, _scope(model, part.path, "module", STAGE_OF_ROLE[part.role]))
+        elif part.role in ("decoder", "norm"):
+            scopes.setdefault(part.path, _scope(model, part.path, "decoder" if part.role == "decoder" else "module"))
+    for path in ancestors(anatomy.path("decoder") or ""):
+        scopes.setdefault(path, _scope(model, path, "forward"))
+    if granularity != "stage":
+        for path in _layer_paths(modules, anatomy):
+            scopes.setdefault(path, _scope(model, path, "layer"))
+            for name, child in modules[path].named_children():
+                if within(path, anatomy.path("decoder") or "") and next(child.children(), None) is not None:
+                    scopes.setdefault(f"{path}.{name}", _scope(model, f"{path}.{name}", "module"))
+    if granularity == "module":
+        for path in modules:
+            scopes.setdefault(path, _scope(model, path, "module"))
+    for path, scope in scopes.items():
+        yield modules[path], scope
+
+
+def methods(model: nn.Module, anatomy: Anatomy) -> Iterator[tuple[nn.Module, str, Scope]]:
+    """Yield (module, method name, scope) for the methods to probe, on every module around the decoder."""
+    modules = dict(model.named_modules())
+    decoder = anatomy.path("decoder") or ""
+    for path in dict.fromkeys((*ancestors(decoder), "")):
+        module = modules[path]
+        for name in dir(type(module)):
+            if name in ("generate", "prepare_inputs_for_generation"):
+                kind, stage = ("generate", None) if name == "generate" else ("prepare", "setup")
+            elif FEATURES.fullmatch(name):
+                kind, stage = "features", "merge"
+            else:
+                continue
+            if callable(getattr(module, name, None)):
+                yield module, name, Scope(f"{path}.{name}()".lstrip("."), kind, stage)
+
+
+def _scope(model: nn.Module, path: str, kind: str, stage: str | None = None) -> Scope:
+    return Scope(path or type(model).__name__, kind, stage)
+
+
+def _layer_paths(modules: Mapping[str, nn.Module], anatomy: Anatomy) -> Iterator[str]:
+    """Yield the layers of the decoder and of the towers."""
+    homes = [anatomy.path("decoder_layers"), *anatomy.paths("vision_tower"), *anatomy.paths("audio_tower")]
+    for path, module in modules.items():
+        if is_layer_list(module) and any(home is not None and within(path, home) for home in homes):
+            yield from (f"{path}.{name}" for name, _ in module.named_children())
+
+
+def sequence_length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Return how many tokens a decoder pass is given, -1 if its inputs do not tell."""
+    candidates = [kwargs.get(name) for name in TOKEN_INPUTS] + list(args[:1])
+    for value in candidates:
+        if isinstance(value, torch.Tensor) and value.dim() >= 2:
+            return int(value.shape[1])
+    return -1
+
+
+def prompt_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
+    """Return (batch, prompt tokens) of a generate() call, (1, 0) where its inputs do not tell."""
+    named = [kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs", "attention_mask")]
+    for value in [*named, *args[:1]]:
+        tokens_or_embeddings = isinstance(value, torch.Tensor) and (
+            value.dim() == 3 if value.is_floating_point() else value.dim() == 2
+        )
+        if tokens_or_embeddings:
+            return int(value.shape[0]), int(value.shape[1])
+    return 1, 0
+
+
+def sequences(output: Any) -> torch.Tensor | None:
+    """Return the token ids in what generate() returned."""
+    found = getattr(output, "sequences", output)
+    return found.detach() if isinstance(found, torch.Tensor) else None

@@ -1,0 +1,284 @@
+"""Everything one measurement found, as an object and as a directory that can be reloaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from profkit import chrome, stages, stats, tables
+from profkit.anatomy import Anatomy, Part
+from profkit.errors import InputError, ProfkitError
+from profkit.ledger import Marks, Scope
+from profkit.spans import Spans
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One execution of generate().
+
+    `kind` is control (nothing attached), clean (hooks alone) or profiled. `generate_ns` is the host time
+    around generate(); `spans` is None for a control. `steps_recorded` are the steps torch.profiler saw.
+    """
+
+    kind: str
+    generate_ns: int
+    spans: Spans | None = None
+    steps_recorded: tuple[int, ...] = ()
+
+
+@dataclass
+class Run:
+    """One measurement. Tables come from the clean pass of median total: a real one, so its rows add up.
+
+    `manifest` holds what was run, where and with what result, as plain JSON values.
+    """
+
+    manifest: dict[str, Any]
+    anatomy: Anatomy
+    scopes: list[Scope]
+    passes: list[Pass]
+    operators: pd.DataFrame | None = None
+    trace_json: bytes | None = field(default=None, repr=False)
+    path: Path | None = None
+
+    def of_kind(self, kind: str) -> list[Pass]:
+        """Return the passes of a kind: control, clean or profiled."""
+        return [one for one in self.passes if one.kind == kind]
+
+    @cached_property
+    def clean(self) -> list[Spans]:
+        """The clean passes' spans, in the order they were made."""
+        return [one.spans for one in self.of_kind("clean") if one.spans is not None]
+
+    @cached_property
+    def representative(self) -> Spans:
+        """The clean pass whose total is the median (the lower one of two)."""
+        if not self.clean:
+            raise InputError("This run holds no finished clean pass, so there are no times to show.")
+        totals = [float(tables.stage_table(spans)["host_ns"].sum()) for spans in self.clean]
+        return self.clean[stats.median_index(totals)]
+
+    @property
+    def batch(self) -> int:
+        """The number of sequences in the (first) call of generate()."""
+        calls = self.manifest.get("calls") or [{"batch": 1}]
+        return int(calls[0]["batch"])
+
+    def stages(self) -> pd.DataFrame:
+        """Return a row a stage: index `stage`; columns calls, host_ns, host_ms, device_ms, busy_ms, share.
+
+        Rows sum to the total of the calls of generate(), `other` included; where the run also loaded and
+        preprocessed its inputs, these have rows of their own and the sum is the sample's total.
+        """
+        return tables.stage_table(self.representative)
+
+    def spread(self) -> pd.DataFrame:
+        """Return, over all clean passes, each stage's median_ms, p10_ms and p90_ms, and those of the total."""
+        each = pd.DataFrame([tables.stage_table(spans)["host_ms"] for spans in self.clean]).fillna(0.0)
+        each = each[[name for name in stages.NAMES if name in each.columns]]
+        each["total"] = each.sum(axis=1)
+        columns = {"median_ms": 50, "p10_ms": 10, "p90_ms": 90}
+        rows = {name: [stats.percentile(each[name].to_numpy(), q) for q in columns.values()] for name in each}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns)).rename_axis("stage")
+
+    def steps(self) -> pd.DataFrame:
+        """Return a row a step: call, step, phase (prefill or decode), tokens, host_ms, device_ms, iteration_ms."""
+        return tables.step_table(self.representative)
+
+    def modules(self) -> pd.DataFrame:
+        """Return a row a module path or probed method: path, stage, calls, total_ms, self_ms, device_ms."""
+        return tables.module_table(self.representative)
+
+    def latency(self) -> tables.Latency:
+        """Return TTFT, TPOT, ITL percentiles and throughput of the representative pass."""
+        return tables.latency(self.representative, self.batch)
+
+    def overhead(self) -> float:
+        """Return clean over control time of generate(), the median of pairs; NaN without controls."""
+        clean = [one.generate_ns for one in self.of_kind("clean")]
+        control = [one.generate_ns for one in self.of_kind("control")]
+        return stats.paired_ratio(clean, control) if control else float("nan")
+
+    def dilation(self) -> pd.DataFrame:
+        """Return, per stage, profiled_ms, clean_ms (median) over the profiled steps, and their ratio."""
+        profiled = next((one for one in self.of_kind("profiled") if one.spans is not None), None)
+        if profiled is None or profiled.spans is None:
+            return pd.DataFrame(columns=["profiled_ms", "clean_ms", "ratio"])
+        steps = profiled.steps_recorded
+        slow = tables.stage_table(profiled.spans, recorded(profiled.spans, steps))["host_ms"]
+        fast = [tables.stage_table(spans, recorded(spans, steps))["host_ms"] for spans in self.clean]
+        table = pd.DataFrame({"profiled_ms": slow, "clean_ms": pd.DataFrame(fast).median()})
+        table = table.reindex([name for name in stages.NAMES if name in table.index])
+        table.loc["total"] = table.sum()
+        return table.assign(ratio=table["profiled_ms"] / table["clean_ms"])
+
+    def breakdown(self) -> pd.DataFrame:
+        """Return stages() and spread() side by side, with the number of the classic stage (1 to 4)."""
+        table = self.stages().join(self.spread())
+        number = [stages.BY_NAME[name].group.number for name in table.index]
+        table.insert(0, "classic_stage", number)
+        return table
+
+    def save(self, path: Path, force: bool = False) -> Path:
+        """Write the run to a directory, all or nothing, and return its path."""
+        write_directory(path, lambda folder: _write(self, folder), force)
+        self.path = path
+        return path
+
+
+def recorded(spans: Spans, steps: Sequence[int]) -> np.ndarray:
+    """Return which segments lie in these steps, or in no step at all (load, preprocess)."""
+    return np.isin(spans.step, list(steps)) | (spans.step < 0)
+
+
+def load(path: str | os.PathLike[str]) -> Run:
+    """Return the run saved in a directory. Raises InputError if it is not one."""
+    folder = Path(path)
+    try:
+        manifest = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{folder} is not a run directory: it has no readable run.json.") from error
+    except ValueError as error:
+        raise InputError(f"{folder / 'run.json'} is damaged: {error}.") from error
+    if manifest.get("schema") != SCHEMA:
+        raise InputError(
+            f"{folder} has schema {manifest.get('schema')}, this profkit reads {SCHEMA}: use the profkit that wrote it."
+        )
+    try:
+        return _read(folder, manifest)
+    except ProfkitError:
+        raise
+    except Exception as error:
+        raise InputError(f"The run in {folder} is damaged: {type(error).__name__}: {error}.") from error
+
+
+def check_target(path: Path, force: bool) -> None:
+    """Raise InputError if a run cannot be written to `path`; better asked before measuring than after."""
+    if path.exists() and not force:
+        raise InputError(f"{path} already exists: choose another --out, or --force to replace it.")
+    if path.exists() and not (path / "run.json").is_file():
+        raise InputError(f"{path} is not a run directory, so --force will not replace it: choose another --out.")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"Cannot write {path}: no permission to create it in {parent}; choose another --out.")
+
+
+def write_directory(path: Path, fill: Callable[[Path], None], force: bool = False) -> None:
+    """Fill a directory beside `path` and move it there in one step, so that no half of it is ever seen."""
+    check_target(path, force)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    except OSError as error:
+        raise InputError(f"Cannot write {path}: {error.strerror}; choose another --out.") from error
+    try:
+        folder.chmod(0o755)
+        fill(folder)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+            path.rename(old / "run")
+            folder.rename(path)
+            shutil.rmtree(old)
+        else:
+            folder.rename(path)
+    except OSError as error:
+        raise InputError(f"Cannot write {path}: {error.strerror or error}; choose another --out.") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON can hold it: NaN becomes null, numpy numbers plain ones."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(one) for one in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _write(run: Run, folder: Path) -> None:
+    scopes = [asdict(scope) for scope in run.scopes[1:]]
+    passes = [
+        {"kind": one.kind, "generate_ns": one.generate_ns, "steps_recorded": list(one.steps_recorded)}
+        for one in run.passes
+    ]
+    manifest = {
+        "schema": SCHEMA,
+        **run.manifest,
+        "anatomy": {**asdict(run.anatomy), "roles": run.anatomy.to_dict()},
+        "latency": asdict(run.latency()) if run.clean else None,
+        "scopes": scopes,
+        "passes": passes,
+    }
+    marks = [_marks_frame(number, one.spans) for number, one in enumerate(run.passes) if one.spans is not None]
+    _parquet(pd.concat(marks, ignore_index=True), folder / "marks.parquet")
+    if run.clean:
+        _parquet(run.stages().reset_index(), folder / "stages.parquet")
+        _parquet(run.steps(), folder / "steps.parquet")
+        _parquet(run.modules(), folder / "modules.parquet")
+        run.breakdown().to_csv(folder / "breakdown.csv", float_format="%.6f")
+    if run.operators is not None:
+        _parquet(run.operators, folder / "operators.parquet")
+    if run.trace_json is not None:
+        chrome.write(folder / "trace.json.gz", run.trace_json)
+        board = folder / "tensorboard"
+        board.mkdir()
+        when_ms = int(run.manifest.get("started_unix_ms", 0))
+        shutil.copyfile(folder / "trace.json.gz", board / f"profkit.{when_ms}.pt.trace.json.gz")
+    text = json.dumps(plain(manifest), indent=1, ensure_ascii=False)
+    (folder / "run.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _parquet(frame: pd.DataFrame, path: Path) -> None:
+    frame.to_parquet(path, index=False, compression="zstd")
+
+
+def _marks_frame(number: int, spans: Spans) -> pd.DataFrame:
+    marks = spans.marks
+    columns = {"code": marks.code, "thread": marks.thread, "host_ns": marks.host_ns}
+    return pd.DataFrame(
+        {"pass": np.int16(number), **columns, "device_ns": marks.device_ns, "note": marks.note},
+    )
+
+
+def _read(folder: Path, manifest: dict[str, Any]) -> Run:
+    scopes = [Scope("", "outside"), *(Scope(**scope) for scope in manifest.pop("scopes"))]
+    frame = pd.read_parquet(folder / "marks.parquet")
+    passes = [
+        Pass(one["kind"], one["generate_ns"], _spans_of(frame, number, scopes), tuple(one["steps_recorded"]))
+        for number, one in enumerate(manifest.pop("passes"))
+    ]
+    recorded_anatomy = manifest.pop("anatomy")
+    parts = tuple(Part(**part) for part in recorded_anatomy["parts"])
+    anatomy = Anatomy(recorded_anatomy["model_class"], parts, tuple(recorded_anatomy["notes"]))
+    operators = folder / "operators.parquet"
+    for key in ("schema", "latency"):
+        manifest.pop(key)
+    return Run(
+        manifest, anatomy, scopes, passes, pd.read_parquet(operators) if operators.exists() else None, path=folder
+    )
+
+
+def _spans_of(frame: pd.DataFrame, number: int, scopes: list[Scope]) -> Spans | None:
+    rows = frame[frame["pass"] == number]
+    if not len(rows):
+        return None
+    columns = [rows[name].to_numpy() for name in ("code", "thread", "host_ns", "device_ns", "note")]
+    return Spans(Marks(*columns), scopes)

@@ -1,0 +1,224 @@
+"""Stages, steps, modules and operators as DataFrames. Milliseconds first appear here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from profkit import stages
+from profkit.attribution import owning_segment, self_time_ns
+from profkit.events import Events
+from profkit.ledger import NO_TIME
+from profkit.spans import NOBODY, Spans
+from profkit.stats import percentile
+
+MS = 1e6
+OPERATOR_CATEGORIES = ("cpu_op", "Operator", "user_annotation")
+
+
+def stage_table(spans: Spans, segments: np.ndarray | None = None) -> pd.DataFrame:
+    """Return a row a stage that occurs, in the order of stages.STAGES.
+
+    Columns: calls, host_ns, host_ms, device_ms, busy_ms, share (of host time, 0 to 1). Rows sum to the total of the
+    samples, or of the calls of generate(). device_ms is NaN without device events; busy_ms needs
+    the kernels of a profiled pass on a device and is NaN without. `segments` limits it to a mask of segments.
+    """
+    counted = spans.stage >= 0
+    rows = counted if segments is None else counted & segments
+    stage, size = spans.stage[rows], len(stages.STAGES)
+    host_ns = np.zeros(size, dtype=np.int64)
+    np.add.at(host_ns, stage, spans.host_ns[rows])
+    total = max(int(host_ns.sum()), 1)
+    table = pd.DataFrame(
+        {
+            "calls": _stage_calls(spans),
+            "host_ns": host_ns,
+            "host_ms": host_ns / MS,
+            "device_ms": _device_ms(spans, rows, stage, size),
+            "busy_ms": np.nan,
+            "share": host_ns / total,
+        },
+        index=pd.Index(stages.NAMES, name="stage"),
+    )
+    return table[host_ns > 0]
+
+
+def _device_ms(spans: Spans, rows: np.ndarray, group: np.ndarray, size: int) -> np.ndarray:
+    """Return device time by group; NaN where a group has no segment between two device events."""
+    device_ns = spans.device_ns[rows]
+    known = device_ns != NO_TIME
+    sums = np.zeros(size, dtype=np.int64)
+    np.add.at(sums, group[known], device_ns[known])
+    counts = np.bincount(group[known], minlength=size)
+    return np.where(counts > 0, sums / MS, np.nan)
+
+
+def _stage_calls(spans: Spans) -> np.ndarray:
+    """Return how often each stage was begun: outermost scopes of a stage; steps for those that steps make."""
+    fixed = np.array([stages.INDEX[scope.stage] if scope.stage else NOBODY for scope in spans.scopes])
+    own = fixed[spans.scope] if len(spans) else np.empty(0, dtype=np.int64)
+    around = np.where(spans.parent >= 0, spans.stage_rule[spans.parent], NOBODY)
+    outermost = (own >= 0) & (np.where(around >= 0, own[around], NOBODY) != own) & (spans.root >= 0)
+    calls = np.bincount(own[outermost], minlength=len(stages.STAGES))
+    prefills = int(spans.steps.prefill.sum())
+    calls[stages.INDEX["prefill"]] = prefills
+    calls[stages.INDEX["decode"]] = len(spans.steps) - prefills
+    calls[stages.INDEX["select"]] = len(spans.steps)
+    return calls
+
+
+def step_table(spans: Spans) -> pd.DataFrame:
+    """Return a row a pass of the decoder stack.
+
+    Columns: call (number of the generate()), step, phase (prefill or decode), tokens (given to the
+    pass, -1 if unknown), host_ms and device_ms (the stack's own stage: prefill or decode; they sum to those
+    stages), iteration_ms (host time from the step's input preparation, for step 0 from the call
+    of generate(), to the selection of its token).
+    """
+    steps, size = spans.steps, len(spans.steps)
+    in_stack = np.isin(spans.stage, [stages.INDEX["prefill"], stages.INDEX["decode"]]) & (spans.step >= 0)
+    host_ns = np.zeros(size, dtype=np.int64)
+    np.add.at(host_ns, spans.step[in_stack], spans.host_ns[in_stack])
+    host = spans.marks.host_ns
+    call = np.unique(steps.loop, return_inverse=True)[1]
+    first = np.searchsorted(steps.loop, steps.loop)
+    return pd.DataFrame(
+        {
+            "call": call,
+            "step": np.arange(size) - first,
+            "phase": np.where(steps.prefill, "prefill", "decode"),
+            "tokens": steps.tokens,
+            "host_ms": host_ns / MS,
+            "device_ms": _device_ms(spans, in_stack, spans.step[in_stack], size),
+            "iteration_ms": (host[steps.stop] - host[steps.start]) / MS,
+        }
+    )
+
+
+def module_table(spans: Spans) -> pd.DataFrame:
+    """Return a row a scope: path, stage, calls, total_ms, self_ms (host time), device_ms (self).
+
+    `stage` is the one in which most of the scope's own time lies; methods end in `()`.
+    """
+    size = len(spans.scopes)
+    owned = spans.owner >= 0
+    scope = spans.scope[spans.owner[owned]] if len(spans) else np.empty(0, dtype=np.int64)
+    by_stage = np.zeros((size, len(stages.STAGES) + 1), dtype=np.int64)
+    np.add.at(by_stage, (scope, spans.stage[owned]), spans.host_ns[owned])
+    calls = np.bincount(spans.scope, minlength=size)
+    total_ns = np.zeros(size, dtype=np.int64)
+    np.add.at(total_ns, spans.scope, np.where(_inside_itself(spans), 0, spans.total_ns))
+    names = np.array([*stages.NAMES, "outside"])
+    table = pd.DataFrame(
+        {
+            "path": [scope.path for scope in spans.scopes],
+            "stage": names[by_stage.argmax(axis=1)],
+            "calls": calls,
+            "total_ms": total_ns / MS,
+            "self_ms": by_stage.sum(axis=1) / MS,
+            "device_ms": _device_ms(spans, owned, scope, size),
+        }
+    )
+    return table[calls > 0].reset_index(drop=True)
+
+
+def _inside_itself(spans: Spans) -> np.ndarray:
+    """Return which spans lie inside a span of the same scope, so that its total counts once."""
+    inside = np.zeros(len(spans), dtype=bool)
+    above = spans.parent.copy()
+    while (above >= 0).any():
+        inside |= (above >= 0) & (spans.scope[above] == spans.scope)
+        above = np.where(above >= 0, spans.parent[above], NOBODY)
+    return inside
+
+
+def operator_table(spans: Spans, events: Events) -> pd.DataFrame:
+    """Return a row for each operator in each scope: name, stage, path, calls, total_ms, self_ms.
+
+    Spans must be on the profiler's clock (attribution.aligned); path is "" where no scope was open.
+    """
+    operators = events.select(events.of_category(*OPERATOR_CATEGORIES))
+    segment = owning_segment(spans, operators)
+    owned = segment >= 0
+    scope = np.where(owned, spans.scope[spans.owner[segment]], 0) if len(spans) else segment * 0
+    stage = np.where(owned, spans.stage[segment], NOBODY) if len(spans.stage) else segment
+    rows = pd.DataFrame(
+        {
+            "name": operators.name,
+            "stage": stage,
+            "scope": scope,
+            "total_ns": operators.duration_ns,
+            "self_ns": self_time_ns(operators),
+        }
+    )
+    grouped = rows.groupby(["name", "stage", "scope"], sort=False)
+    table = grouped.agg(calls=("total_ns", "size"), total_ns=("total_ns", "sum"), self_ns=("self_ns", "sum"))
+    table = table.reset_index().sort_values("self_ns", ascending=False, kind="stable")
+    return pd.DataFrame(
+        {
+            "name": np.array(operators.names, dtype=object)[table["name"]],
+            "stage": np.array([*stages.NAMES, "outside"])[table["stage"]],
+            "path": np.array([scope.path for scope in spans.scopes], dtype=object)[table["scope"]],
+            "calls": table["calls"].to_numpy(),
+            "total_ms": table["total_ns"].to_numpy() / MS,
+            "self_ms": table["self_ns"].to_numpy() / MS,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The figures people quote, from the host's clock, in ms; NaN where there were too few tokens.
+
+    ttft_ms: from the call of generate() to the first new token, media encoding included (NVIDIA NIM).
+    tpot_ms: (end to end - TTFT) / (n - 1) (vLLM). itl_*_ms: percentiles of the gaps between successive tokens
+    (vLLM). tokens_per_s: batch * (n - 1) / the time from the first token to the end (optimum-benchmark).
+    prefill_tokens_per_s: batch * prompt tokens, media included, over the prefill stage, encoder excluded.
+    """
+
+    new_tokens: int
+    prompt_tokens: int
+    batch: int
+    end_to_end_ms: float
+    ttft_ms: float
+    tpot_ms: float
+    itl_p50_ms: float
+    itl_p90_ms: float
+    itl_p99_ms: float
+    tokens_per_s: float
+    prefill_tokens_per_s: float
+
+
+def latency(spans: Spans, batch: int = 1) -> Latency:
+    """Return the latency figures of the first generate() in a pass; a decode step counts as a token."""
+    steps = spans.steps
+    of_first = steps.loop == steps.loop[:1] if len(steps) else np.zeros(0, dtype=bool)
+    host, nan = spans.marks.host_ns, float("nan")
+    if not of_first.any():
+        return Latency(0, 0, batch, *([nan] * 8))
+    loop = int(steps.loop[0])
+    begin_ns, end_ns = int(host[spans.begin[loop]]), int(host[spans.end[loop]])
+    # The last prefill step gives the first token; each step's token is there when its iteration ends.
+    prefill = of_first & steps.prefill
+    token_ns = host[steps.stop[np.flatnonzero(of_first)[int(prefill.sum()) - 1 :]]]
+    count, ttft_ns = len(token_ns), int(token_ns[0]) - begin_ns
+    gaps_ms = np.diff(token_ns) / MS
+    decoding_ns = end_ns - int(token_ns[0])
+    table = stage_table(spans, np.isin(spans.step, np.flatnonzero(of_first)))
+    prefill_ms = float(table["host_ms"].get("prefill", nan))
+    prompt = int(np.maximum(steps.tokens[prefill], 0).sum())
+    return Latency(
+        new_tokens=count,
+        prompt_tokens=prompt,
+        batch=batch,
+        end_to_end_ms=(end_ns - begin_ns) / MS,
+        ttft_ms=ttft_ns / MS,
+        tpot_ms=decoding_ns / (count - 1) / MS if count > 1 else nan,
+        itl_p50_ms=percentile(gaps_ms, 50),
+        itl_p90_ms=percentile(gaps_ms, 90),
+        itl_p99_ms=percentile(gaps_ms, 99),
+        tokens_per_s=batch * (count - 1) / (decoding_ns / 1e9) if count > 1 else nan,
+        prefill_tokens_per_s=batch * prompt / (prefill_ms / 1e3) if prefill_ms > 0 else nan,
+    )
