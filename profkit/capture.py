@@ -217,8 +217,11 @@ class _Tracing:
         with session:
             elapsed = self._instrumented(ledger, instrument, "profiled")
         spans = Spans(_marks(ledger, instrument), self.scopes.list)
-        content = chrome.parse(session.export())
         known = tuple(sorted(self.plan.profile_steps & set(range(len(spans.steps)))))
+        if not known:
+            wanted = ", ".join(map(str, sorted(self.plan.profile_steps)))
+            raise MeasurementError(f"None of the steps to profile ({wanted}) ran: generate() made {len(spans.steps)}.")
+        content = chrome.parse(session.export())
         result.passes.append(Pass("profiled", elapsed, spans, known))
         own = attribution.is_range(content.events)
         profile_clock = attribution.aligned(spans, content.events)

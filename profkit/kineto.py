@@ -41,6 +41,7 @@ class Session:
             self._profile.start()
         except RuntimeError as error:
             raise MeasurementError(f"torch.profiler could not start: {error}.") from error
+        self.on_iteration(0)
         return self
 
     def __exit__(self, *_: object) -> None:

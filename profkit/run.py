@@ -140,8 +140,8 @@ class Run:
 
 
 def recorded(spans: Spans, steps: Sequence[int]) -> np.ndarray:
-    """Return which segments lie in these steps, or in no step at all (load, preprocess)."""
-    return np.isin(spans.step, list(steps)) | (spans.step < 0)
+    """Return which segments lie in these steps; what comes before generate() goes with step 0."""
+    return np.isin(spans.step, list(steps)) | ((spans.step < 0) & (0 in steps))
 
 
 def load(path: str | os.PathLike[str]) -> Run:

@@ -1,0 +1,198 @@
+"""The command line: the only file that prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+
+from profkit import __version__, text
+from profkit.errors import InputError, MeasurementError, ProfkitError
+
+if TYPE_CHECKING:
+    from profkit.models import Loaded
+    from profkit.samples import ImageSample
+
+DEFAULT_MODEL = "tiny-llava"
+
+
+class Group(click.Group):
+    """Turns profkit's errors into one sentence and an exit status; --debug shows the traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command, catching what it raises."""
+        errors = Console(stderr=True, soft_wrap=True)
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            errors.print("Interrupted: nothing was written.")
+            ctx.exit(130)
+        except Exception as error:
+            if ctx.params.get("debug") or "--debug" in sys.argv:
+                traceback.print_exc()
+            expected = isinstance(error, ProfkitError)
+            sentence = str(error) if expected else f"Unexpected {type(error).__name__}: {error} (--debug shows where)"
+            errors.print(f"[red]Error:[/red] {escape(sentence)}", highlight=False)
+            ctx.exit(error.exit_status if isinstance(error, ProfkitError) else MeasurementError.exit_status)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="profkit")
+def cli() -> None:
+    """Where does a multimodal model's generate() spend its time?"""
+
+
+@cli.command(context_settings={"show_default": True})
+@click.argument("arguments", nargs=-1, metavar="[MODEL] [INPUTS]...")
+@click.option("--model", help="MODEL by name; then every argument is an input.")
+@click.option("--device", default="auto", help="cpu, cuda, cuda:1, xpu, mps; auto: the accelerator if there is one.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
+@click.option("--weights", type=click.Choice(["auto", "real", "random"]), default="auto", help="Of a preset.")
+@click.option("--prompt", help="A question, or a whole prompt with the processor's image placeholders.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=32)
+@click.option("--warmup", type=click.IntRange(0), default=1, help="Passes before measuring.")
+@click.option("--repeat", type=click.IntRange(1), default=5, help="Clean passes, each beside a control.")
+@click.option("--granularity", type=click.Choice(["stage", "layer", "module"]), default="layer")
+@click.option("--profile/--no-profile", default=True, help="A pass inside torch.profiler.")
+@click.option("--profile-steps", default="0-4", help="Steps that this pass records; 0 is the prefill.")
+@click.option("--seed", type=int, default=0, help="Random state of every pass.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: traces/<model>-<time>]")
+@click.option("--force", is_flag=True, help="Replace the run in --out.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that a checkpoint brings along.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Measure an unmodified generate() and say where the time went.
+
+    MODEL is a preset (tiny-llava, the default; llava-1.5-7b), a checkpoint's directory or hub id, or
+    package.module:function, which returns (model, generate_kwargs) or (model, processor). INPUTS are image files;
+    without any, a photograph that ships with profkit.
+
+    Example: profkit trace llava-1.5-7b photo.jpg --weights random --dtype bfloat16
+    """
+    name, inputs = (model, arguments) if model else ((*arguments, DEFAULT_MODEL)[0], arguments[1:])
+    profile_steps = parse_steps(options["profile_steps"])
+    status = Console(stderr=True).status("starting")
+    with status:
+        run, saved = _measure(name, inputs, out, profile_steps, options, status.update)
+    if as_json:
+        click.echo(json.dumps(text.as_dict(run, saved), indent=1, ensure_ascii=False, allow_nan=False))
+        return
+    console = Console(highlight=False)
+    for part in text.report(run):
+        console.print(part)
+    console.print(f"Wrote {escape(str(saved))}", soft_wrap=True)
+    code = f"import profkit; print(profkit.load({str(saved)!r}).breakdown())"
+    console.print(f'Read it again: python -c "{escape(code)}"', soft_wrap=True)
+    if run.trace_json is not None:
+        console.print(f"Open in https://ui.perfetto.dev: {escape(str(saved / 'trace.json.gz'))}", soft_wrap=True)
+
+
+def _measure(
+    name: str,
+    inputs: Sequence[str],
+    out: Path | None,
+    profile_steps: frozenset[int],
+    options: dict[str, Any],
+    progress: Any,
+) -> tuple[Any, Path]:
+    """Load the model, trace it, and return the run and where it was saved."""
+    target = out or Path("traces") / f"{_file_name(name)}-{datetime.now():%Y%m%d-%H%M%S}"
+    _quiet_libraries()
+    progress("importing torch and transformers")
+    from profkit import capture, models, run
+
+    run.check_target(target, options["force"])
+    device = models.choose_device(options["device"])
+    dtype = models.DTYPES.get(options["dtype"])
+    progress(f"loading {name}")
+    loaded = models.load_model(name, device, dtype, options["weights"], options["trust_remote_code"])
+    sample = _sample(loaded, inputs, options)
+    result = capture.trace(
+        loaded.model,
+        loaded.generate_kwargs,
+        sample=sample,
+        options=_generate_options(loaded, options),
+        out=target,
+        force=options["force"],
+        manifest={
+            "model": name,
+            "weights": "random" if loaded.random_weights else "as loaded",
+            "model_load_ms": loaded.load_ms,
+            "inputs": sample.hashes() if sample else {},
+        },
+        profile=options["profile"],
+        profile_steps=profile_steps,
+        progress=progress,
+        **{key: options[key] for key in ("warmup", "repeat", "granularity", "seed")},
+    )
+    return result, target
+
+
+def _quiet_libraries() -> None:
+    """Keep libraries' chatter out of the output; must come before torch is imported."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _sample(loaded: Loaded, inputs: Sequence[str], options: dict[str, Any]) -> ImageSample | None:
+    from profkit import samples
+
+    if loaded.generate_kwargs is not None:
+        if inputs or options["prompt"]:
+            raise InputError(f"{loaded.name} brings its own generate_kwargs: leave INPUTS and --prompt out.")
+        return None
+    images = [Path(one) for one in inputs] or [samples.default_image()]
+    for image in images:
+        samples.read_image(image)
+    prompt = options["prompt"] or samples.DEFAULT_PROMPT
+    return samples.ImageSample(images, prompt, loaded.processor, loaded.model, options["max_new_tokens"])
+
+
+def _generate_options(loaded: Loaded, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what is added to generate()'s arguments; those of the user's own function stay as they are."""
+    if loaded.generate_kwargs is not None:
+        return {}
+    chosen: dict[str, Any] = {"max_new_tokens": options["max_new_tokens"]}
+    if loaded.random_weights:
+        # Random weights may emit the end token at any time: all passes shall do the same work.
+        chosen |= {"min_new_tokens": options["max_new_tokens"], "do_sample": False}
+    return chosen
+
+
+def parse_steps(steps: str) -> frozenset[int]:
+    """Return the step numbers in a list such as "0-4,10". Raises InputError if it is not one."""
+    chosen: set[int] = set()
+    for part in steps.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise InputError(f"--profile-steps {steps!r} is not a list of steps such as 0-4,10.")
+        chosen.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return frozenset(chosen)
+
+
+def _file_name(model: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2]).strip("-.") or "model"
+
+
+def main() -> None:
+    """Entry point of the `profkit` command."""
+    cli(prog_name="profkit")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""A run as text for the terminal, and as plain values for --json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.markup import escape
+from rich.table import Table
+
+from profkit import stages
+from profkit.run import Run, plain
+
+
+def report(run: Run) -> Iterator[Table | str]:
+    """Yield the parts of the terminal report: what ran, the table, latency, cost, checks."""
+    yield headline(run)
+    yield breakdown_table(run)
+    yield repeats_line(run)
+    yield latency_line(run)
+    yield from cost_lines(run)
+    yield from check_lines(run)
+
+
+def headline(run: Run) -> str:
+    """Return what was measured, in a line."""
+    about, latency = run.manifest, run.latency()
+    weights = ", random weights" if about.get("weights") == "random" else ""
+    return (
+        f"[bold]{escape(str(about.get('model') or about['model_class']))}[/bold]: {escape(about['model_class'])}, "
+        f"{_count(about['parameters'])} parameters{weights}, {about['dtype']} on {about['device']}; "
+        f"{latency.prompt_tokens} prompt tokens, {latency.new_tokens} new"
+    )
+
+
+def breakdown_table(run: Run) -> Table:
+    """Return stages 1 to 4 with their sub-stages."""
+    breakdown, spread = run.breakdown(), run.spread()
+    has_device = bool(breakdown["device_ms"].notna().any())
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("stage")
+    for name in ("calls", "ms", *(("device ms",) if has_device else ()), "share", "median", "p10 … p90"):
+        table.add_column(name, justify="right")
+    for group in stages.GROUPS:
+        rows = breakdown[breakdown["classic_stage"] == group.number]
+        if len(rows):
+            _add_group(table, group, rows, has_device)
+    total = spread.loc["total"]
+    cells = ["", f"{breakdown['host_ms'].sum():.2f}", *([_ms(breakdown["device_ms"].sum())] if has_device else [])]
+    table.add_row("total", *cells, "100.0 %", *_spread_cells(total), style="bold")
+    return table
+
+
+def _add_group(table: Table, group: stages.Group, rows: pd.DataFrame, has_device: bool) -> None:
+    device = [_ms(rows["device_ms"].sum())] if has_device else []
+    share = f"{rows['share'].sum() * 100:.1f} %"
+    table.add_row(f"{group.number} {group.title}", "", _ms(rows["host_ms"].sum()), *device, share, "", "", style="bold")
+    for name, row in rows.iterrows():
+        calls = str(int(row["calls"])) if row["calls"] else ""
+        device = [_ms(row["device_ms"])] if has_device else []
+        share = f"{row['share'] * 100:.1f} %"
+        table.add_row(f"    {name}", calls, _ms(row["host_ms"]), *device, share, *_spread_cells(row))
+
+
+def _spread_cells(row: pd.Series) -> list[str]:
+    return [_ms(row["median_ms"]), f"{_ms(row['p10_ms'])} … {_ms(row['p90_ms'])}"]
+
+
+def repeats_line(run: Run) -> str:
+    """Return how the table's columns were made."""
+    count = len(run.clean)
+    return (
+        f"[dim]ms and share: the clean pass of median total, whose rows add up exactly; median and p10 … p90: "
+        f"each row over {count} clean pass{'es' if count > 1 else ''}.[/dim]"
+    )
+
+
+def latency_line(run: Run) -> str:
+    """Return TTFT, TPOT, ITL and tokens/s."""
+    found = run.latency()
+    return (
+        f"TTFT {_ms(found.ttft_ms)} ms · TPOT {_ms(found.tpot_ms)} ms · "
+        f"ITL p50 {_ms(found.itl_p50_ms)} p90 {_ms(found.itl_p90_ms)} p99 {_ms(found.itl_p99_ms)} ms · "
+        f"{found.tokens_per_s:.1f} tokens/s decode · {found.prefill_tokens_per_s:.0f} tokens/s prefill"
+    )
+
+
+def cost_lines(run: Run) -> Iterator[str]:
+    """Yield what the instrument cost: overhead of the clean passes, dilation of the profiled one."""
+    pairs = len(run.of_kind("control"))
+    if pairs:
+        yield f"instrument's overhead: ×{run.overhead():.3f} (clean over uninstrumented, median of {pairs} pairs)"
+    dilation = run.dilation()
+    if len(dilation):
+        each = " ".join(f"{name} ×{row['ratio']:.2f}" for name, row in dilation.iterrows() if name != "total")
+        steps = next(one.steps_recorded for one in run.of_kind("profiled"))
+        yield (
+            f"dilation under torch.profiler, steps {_ranges(steps)}: ×{dilation.loc['total', 'ratio']:.2f} "
+            f"[dim]({each})[/dim]"
+        )
+
+
+def check_lines(run: Run) -> Iterator[str]:
+    """Yield the checks' results, and what the instrument has to confess."""
+    checks = run.manifest.get("checks", {})
+    same = {True: "[green]equal[/green]", False: "[red]DIFFERENT[/red]", None: "not comparable"}
+    if "same_tokens" in checks:
+        yield f"tokens with and without the instrument: {same[checks['same_tokens']]}"
+    if "trace" in checks:
+        yield f"torch's trace validator: {escape(str(checks['trace']))}"
+    if any(checks.get("repaired", {}).values()):
+        yield f"[yellow]marks mended: {checks['repaired']}[/yellow]"
+    for note in (*run.anatomy.notes, *run.manifest.get("faults", [])):
+        yield f"[yellow]note: {escape(note)}[/yellow]"
+
+
+def as_dict(run: Run, path: Path | None = None) -> dict[str, Any]:
+    """Return what the terminal report shows, as plain values; unknown numbers are null."""
+    return plain(
+        {
+            "path": str(path) if path else None,
+            "model": run.manifest.get("model") or run.manifest["model_class"],
+            "device": run.manifest["device"],
+            "dtype": run.manifest["dtype"],
+            "stages": run.breakdown().reset_index().to_dict(orient="records"),
+            "total_ms": run.stages()["host_ms"].sum(),
+            "latency": asdict(run.latency()),
+            "overhead": run.overhead(),
+            "dilation": run.dilation().rename_axis("stage").reset_index().to_dict(orient="records"),
+            "checks": run.manifest.get("checks", {}),
+            "anatomy": run.anatomy.to_dict(),
+            "notes": [*run.anatomy.notes, *run.manifest.get("faults", [])],
+        }
+    )
+
+
+def _ms(value: float) -> str:
+    return "–" if pd.isna(value) else f"{value:.2f}"
+
+
+def _count(number: int) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f} {letter}"
+    return str(number)
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """Return a list of numbers with runs shortened: 0-4,10."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
