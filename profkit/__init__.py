@@ -1,10 +1,10 @@
 """profkit says where the time of a multimodal model's generate() goes, and proves its numbers.
 
-    import profkit
+import profkit
 
-    with profkit.profile(model) as prof:
-        model.generate(**kwargs)
-    print(prof.stages())
+with profkit.profile(model) as prof:
+    model.generate(**kwargs)
+print(prof.stages())
 """
 
 from __future__ import annotations

@@ -132,9 +132,7 @@ def _accessor(model: Any, name: str, path_of: dict[int, str]) -> str | None:
         return None
 
 
-def _decoder(
-    model: Any, modules: dict[str, Any], path_of: dict[int, str], layer_lists: list[str]
-) -> tuple[str, str]:
+def _decoder(model: Any, modules: dict[str, Any], path_of: dict[int, str], layer_lists: list[str]) -> tuple[str, str]:
     """Return the module that holds the decoder's layers, and how it was found."""
     owners = {_parent(path) for path in layer_lists}
     named = _accessor(model, "get_decoder", path_of)

@@ -22,8 +22,8 @@ from profkit import run as runs
 from profkit.anatomy import Anatomy
 from profkit.environment import device_of, preserved_random_state, random_state, restore_random_state
 from profkit.errors import InputError, MeasurementError, ProfkitError
-from profkit.hooks import Call, Granularity, Instrument, sequences
 from profkit.ledger import Ledger, Scope, Scopes
+from profkit.probes import Call, Granularity, Instrument, sequences
 from profkit.run import Pass, Run
 from profkit.spans import Spans
 
@@ -36,11 +36,14 @@ DEFAULT_STEPS = frozenset(range(5))
 class Sample(Protocol):
     """Inputs that are loaded, preprocessed and transferred as part of the measurement."""
 
-    def load(self) -> Any: ...
+    def load(self) -> Any:
+        """Read and decode the input files."""
 
-    def preprocess(self, loaded: Any) -> Any: ...
+    def preprocess(self, loaded: Any) -> Any:
+        """Turn what was loaded into tensors on the host."""
 
-    def transfer(self, batch: Any) -> Mapping[str, Any]: ...
+    def transfer(self, batch: Any) -> Mapping[str, Any]:
+        """Move the tensors to the model's device; the result goes to generate()."""
 
 
 @dataclass
@@ -78,14 +81,12 @@ def inspect(model: nn.Module, **generate_kwargs: Any) -> Anatomy:
 
 
 @contextmanager
-def profile(
-    model: nn.Module, *, granularity: Granularity = "layer", anatomy: Anatomy | None = None
-) -> Iterator[Run]:
-    """Measure every generate() in the body with hooks and device events alone; the value is a Run.
+def profile(model: nn.Module, *, granularity: Granularity = "layer", anatomy: Anatomy | None = None) -> Iterator[Run]:
+    """Measure every generate() in the body with probes and device events alone; the value is a Run.
 
     `granularity` is "stage", "layer" (also decoder and tower layers, attention, MLP) or "module".
     The Run's tables are there once the body is left. An exception in the body propagates unchanged, and
-    what was measured until then is kept; hooks and probes come off in every case.
+    what was measured until then is kept; probes come off in every case.
     """
     found = anatomy or anatomies.find(model)
     scopes = Scopes()
@@ -201,14 +202,14 @@ class _Tracing:
         return Pass("control", elapsed)
 
     def clean(self) -> Pass:
-        """generate() with hooks and device events alone."""
+        """generate() with probes and device events alone."""
         ledger = Ledger(self.scopes)
         instrument = Instrument(self.model, self.anatomy, ledger, self.plan.granularity)
         elapsed = self._instrumented(ledger, instrument, "clean")
         return Pass("clean", elapsed, Spans(_marks(ledger, instrument), self.scopes.list))
 
     def profiled(self, result: Run) -> None:
-        """generate() with hooks inside torch.profiler; adds operators, trace and checks to the run."""
+        """generate() with probes inside torch.profiler; adds operators, trace and checks to the run."""
         ledger = Ledger(self.scopes)
         session = kineto.Session(self.plan.profile_steps, self.device)
         instrument = Instrument(

@@ -1,4 +1,4 @@
-"""The device's clock: a pool of device events, recorded in hooks and resolved after generate()."""
+"""The device's clock: a pool of device events, recorded in probes and resolved after generate()."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 class DeviceEvent(Protocol):
     """What the pool needs of an event; torch.Event on every accelerator has it."""
 
-    def record(self) -> Any: ...
+    def record(self) -> Any:
+        """Take the time on the current stream when the device gets there."""
 
-    def elapsed_time(self, end_event: Any) -> float: ...
+    def elapsed_time(self, end_event: Any) -> float:
+        """Return the milliseconds from this event to another."""
 
 
 class DeviceClock:
@@ -59,7 +61,7 @@ class DeviceClock:
         self._used = 0
 
     def reserve(self, count: int) -> None:
-        """Create events ahead of the run, so that hooks need not."""
+        """Create events ahead of the run, so that probes need not."""
         while len(self._pool) < count:
             self._pool.append(self._new_event())
 

@@ -22,7 +22,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """Return what a run must say of model, device and versions, as plain values."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     parameter = next(model.parameters(), None)
     return {
         "model_class": type(model).__name__,

@@ -29,6 +29,7 @@ class Events:
 
     @property
     def end_ns(self) -> np.ndarray:
+        """Where each event ends, in ns."""
         return self.start_ns + self.duration_ns
 
     def of_category(self, *wanted: str) -> np.ndarray:

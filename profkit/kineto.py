@@ -93,7 +93,7 @@ class Session:
 
 def refuse_other_profilers() -> None:
     """Raise InputError if another profiler is recording in this process."""
-    if torch.autograd._profiler_enabled():
+    if torch._C._autograd._profiler_enabled():
         raise InputError(
             "Another torch.profiler is recording in this process, and two cannot at once: "
             "stop it, or trace without a profiled pass (--no-profile, profile=False)."

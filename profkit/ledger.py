@@ -1,4 +1,4 @@
-"""The ledger: an append-only list of marks, written by hooks while generate() runs.
+"""The ledger: an append-only list of marks, written by probes while generate() runs.
 
 A mark says that a scope was entered or left, when, and on which thread. Marks are flat integers in
 preallocated arrays, because they are written in the program's hot path.
@@ -74,13 +74,9 @@ class Marks:
     def __len__(self) -> int:
         return len(self.code)
 
-    @property
-    def has_device_times(self) -> bool:
-        return bool(len(self) and (self.device_ns != NO_TIME).any())
-
 
 class Ledger:
-    """Records marks. `marker()` gives the function that hooks call; `marks()` the result."""
+    """Records marks. `marker()` gives the function that probes call; `marks()` the result."""
 
     def __init__(
         self, scopes: Scopes | None = None, capacity: int = 1 << 15, now: Callable[[], int] = perf_counter_ns

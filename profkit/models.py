@@ -87,7 +87,7 @@ def choose_device(name: str) -> torch.device:
         there = "no accelerator" if found is None else f"only {found.type}"
         raise InputError(f"--device {name}: torch {torch.__version__} sees {there} on this machine; try --device cpu.")
     if (device.index or 0) >= torch.accelerator.device_count():
-        raise InputError(f"--device {name}: this machine has {torch.accelerator.device_count()} {device.type} device(s).")
+        raise InputError(f"--device {name}: there are {torch.accelerator.device_count()} {device.type} device(s) here.")
     return device
 
 
@@ -101,7 +101,7 @@ def _preset(name: str, device: torch.device, dtype: torch.dtype | None, weights:
         except (OSError, ValueError) as error:
             raise InputError(
                 f"The weights of {name} ({preset['hub_id']}) are not on this machine: download them there, give a "
-                "directory that holds them as MODEL, or pass --weights random for the same architecture with random ones."
+                "directory that holds them as MODEL, or pass --weights random for random ones."
             ) from error
         loaded.name = name
         return loaded
@@ -156,7 +156,7 @@ def _from_function(spec: str, device: torch.device, dtype: torch.dtype | None) -
     if isinstance(second, Mapping):
         return Loaded(function_name, model, generate_kwargs=_on_device(second, device))
     if not callable(second):
-        raise InputError(f"{spec} returned {_kind(second)} beside the model: it must be generate_kwargs or a processor.")
+        raise InputError(f"{spec} returned {_kind(second)} beside the model: want generate_kwargs or a processor.")
     return Loaded(function_name, model, second)
 
 

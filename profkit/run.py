@@ -29,7 +29,7 @@ SCHEMA = 1
 class Pass:
     """One execution of generate().
 
-    `kind` is control (nothing attached), clean (hooks alone) or profiled. `generate_ns` is the host time
+    `kind` is control (nothing attached), clean (probes alone) or profiled. `generate_ns` is the host time
     around generate(); `spans` is None for a control. `steps_recorded` are the steps torch.profiler saw.
     """
 

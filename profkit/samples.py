@@ -9,7 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 
@@ -63,13 +62,13 @@ class ImageSample:
         return {**files, "prompt": hashlib.sha256(self.prompt.encode()).hexdigest()}
 
     def _check_room(self, prompt_tokens: int) -> None:
-        config = getattr(self.model, "config", None)
+        config: Any = getattr(self.model, "config", None)
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         room = getattr(text_config, "max_position_embeddings", None)
         if isinstance(room, int) and prompt_tokens + self.max_new_tokens > room:
             raise InputError(
-                f"The prompt takes {prompt_tokens} tokens and {self.max_new_tokens} new ones are wanted, but the model has "
-                f"room for {room}: shorten the prompt, give fewer images, or lower --max-new-tokens."
+                f"The prompt takes {prompt_tokens} tokens and {self.max_new_tokens} new ones are wanted, "
+                f"but the model has room for {room}: shorten the prompt, give fewer images, or lower --max-new-tokens."
             )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from profkit import stages
 from profkit.errors import LedgerError
-from profkit.ledger import NO_TIME, Marks, Repair, Scope, pairs, repaired
+from profkit.ledger import NO_TIME, Marks, Scope, pairs, repaired
 
 NOBODY = -1
 
@@ -233,11 +233,10 @@ class Spans:
 
     def check(self) -> None:
         """Raise LedgerError unless self times, and stages, sum to the total of the runs exactly."""
-        counted = np.flatnonzero((self.depth == 0) & (self.root >= 0)) if len(self) else []
-        total = int(self.total_ns[counted].sum()) if len(counted) else 0
+        total = int(self.total_ns[(self.depth == 0) & (self.root >= 0)].sum())
         parts = {
-            "scopes": int(self.self_ns[self.root >= 0].sum()) if len(self) else 0,
-            "stages": int(self.host_ns[self.stage >= 0].sum()) if len(self) else 0,
+            "scopes": int(self.self_ns[self.root >= 0].sum()),
+            "stages": int(self.host_ns[self.stage >= 0].sum()),
         }
         for what, found in parts.items():
             if found != total:

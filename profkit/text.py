@@ -95,12 +95,11 @@ def cost_lines(run: Run) -> Iterator[str]:
         yield f"instrument's overhead: ×{run.overhead():.3f} (clean over uninstrumented, median of {pairs} pairs)"
     dilation = run.dilation()
     if len(dilation):
-        each = " ".join(f"{name} ×{row['ratio']:.2f}" for name, row in dilation.iterrows() if name != "total")
+        ratios = {str(name): float(ratio) for name, ratio in dilation["ratio"].items()}
+        total = ratios.pop("total")
+        each = " ".join(f"{name} ×{ratio:.2f}" for name, ratio in ratios.items())
         steps = next(one.steps_recorded for one in run.of_kind("profiled"))
-        yield (
-            f"dilation under torch.profiler, steps {_ranges(steps)}: ×{dilation.loc['total', 'ratio']:.2f} "
-            f"[dim]({each})[/dim]"
-        )
+        yield (f"dilation under torch.profiler, steps {_ranges(steps)}: ×{total:.2f} [dim]({each})[/dim]")
 
 
 def check_lines(run: Run) -> Iterator[str]:

@@ -1,0 +1,140 @@
+"""What the instrument costs on a dispatch-bound LLaVA: plain, empty hooks and profkit, side by side in one run.
+
+    python tests/benchmarks/overhead.py [--pairs 15] [--tokens 64]
+
+Every row is a median of ratios of runs made in pairs, in alternating order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from profkit import anatomy, kineto, probes, stats
+from profkit.ledger import Ledger
+
+Run = Callable[[], AbstractContextManager[Any]]
+
+
+def dispatch_bound_llava() -> nn.Module:
+    """Return a LLaVA of real depth (24-layer tower, 32-layer decoder) and hidden size 64."""
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=24,
+        num_attention_heads=4,
+        image_size=112,
+        patch_size=14,
+    )
+    text = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=32, num_attention_heads=4, vocab_size=512
+    )
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=500)
+    torch.manual_seed(0)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def inputs(tokens: int) -> dict[str, Any]:
+    """Return generate() arguments: one 112-pixel image (64 tokens) and 20 tokens of text."""
+    ids = torch.cat([torch.arange(10), torch.full((64,), 500), torch.arange(10)])[None]
+    image = torch.randn(1, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": image, **lengths}
+
+
+@contextmanager
+def empty_hooks(model: nn.Module, found: anatomy.Anatomy, granularity: probes.Granularity) -> Any:
+    """The floor: hooks that do nothing, on the same modules."""
+    handles: list[Any] = []
+    for module, _ in probes.plan(model, found, granularity):
+        handles.append(module.register_forward_pre_hook(lambda module, args: None))
+        handles.append(module.register_forward_hook(lambda module, args, output: None, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def profiled(model: nn.Module, found: anatomy.Anatomy, ranges: bool) -> Any:
+    """A pass inside torch.profiler with hooks, with or without profkit's ranges; every step is recorded."""
+    session = kineto.Session(frozenset(range(10_000)), torch.device("cpu"), ranges=ranges)
+    with ExitStack() as stack:
+        stack.enter_context(session)
+        stack.enter_context(probes.Instrument(model, found, Ledger(), "layer", session.wrap, session.on_iteration))
+        yield
+
+
+def ratio(run: Callable[[], None], measured: Run, reference: Run, pairs: int) -> tuple[float, float, float]:
+    """Return the median, p10 and p90 of the paired ratios of `measured` over `reference`."""
+    ratios = []
+    for number in range(pairs):
+        times = {}
+        for what in ("measured", "reference") if number % 2 else ("reference", "measured"):
+            gc.collect()
+            with (measured if what == "measured" else reference)():
+                begin = time.perf_counter()
+                run()
+                times[what] = time.perf_counter() - begin
+        ratios.append(times["measured"] / times["reference"])
+    return stats.median(ratios), stats.percentile(ratios, 10), stats.percentile(ratios, 90)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=64)
+    options = parser.parse_args()
+    model, kwargs = dispatch_bound_llava(), inputs(options.tokens)
+    found = anatomy.find(model)
+
+    def run() -> None:
+        model.generate(**kwargs)  # type: ignore[operator]
+
+    def instrument(granularity: probes.Granularity) -> Run:
+        return lambda: probes.Instrument(model, found, Ledger(), granularity)
+
+    def floor(granularity: probes.Granularity) -> Run:
+        return lambda: empty_hooks(model, found, granularity)
+
+    for _ in range(3):
+        run()
+
+    def profiler(ranges: bool) -> Run:
+        return lambda: profiled(model, found, ranges)
+
+    rows: list[tuple[str, str, Run, Run, float | None]] = [
+        ("plain (noise floor)", "plain", nullcontext, nullcontext, None),
+        ("empty hooks, stage", "plain", floor("stage"), nullcontext, None),
+        ("profkit, stage", "plain", instrument("stage"), nullcontext, 1.02),
+        ("empty hooks, layer", "plain", floor("layer"), nullcontext, None),
+        ("profkit, layer", "plain", instrument("layer"), nullcontext, 1.05),
+        ("empty hooks, module", "plain", floor("module"), nullcontext, None),
+        ("profkit, module", "plain", instrument("module"), nullcontext, None),
+        ("profkit, module", "empty hooks", instrument("module"), floor("module"), 1.10),
+        ("profiler, no ranges", "plain", profiler(False), nullcontext, None),
+        ("profiler, ranges", "plain", profiler(True), nullcontext, None),
+        ("profiler, ranges", "no ranges", profiler(True), profiler(False), 1.10),
+    ]
+    print(
+        f"{options.tokens} tokens, {options.pairs} pairs; {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    print(f"{'measured':<22}{'over':<13}{'median':>8}{'p10':>8}{'p90':>8}{'allowed':>9}")
+    for name, over, measured, reference, allowed in rows:
+        middle, low, high = ratio(run, measured, reference, options.pairs)
+        verdict = "" if allowed is None else f"{allowed:>8.2f} {'ok' if middle <= allowed else 'MISSED'}"
+        print(f"{name:<22}{over:<13}{middle:>8.3f}{low:>8.3f}{high:>8.3f}{verdict}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
