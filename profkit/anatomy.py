@@ -56,14 +56,15 @@ class Anatomy:
     def with_calls(self, calls: dict[str, int]) -> Anatomy:
         """Return a copy with each part's `fired` taken from calls per path; silent parts are noted.
 
-        A module list is never called itself, so it counts as its first layer.
+        Parts that are missing in `calls` were not observed. A module list is never called itself, so it
+        counts as its first layer.
         """
 
-        def fired(part: Part) -> int:
-            return calls.get(f"{part.path}.0" if part.role == "decoder_layers" else part.path, 0)
+        def fired(part: Part) -> int | None:
+            return calls.get(f"{part.path}.0" if part.role == "decoder_layers" else part.path)
 
         parts = tuple(replace(part, fired=fired(part)) for part in self.parts)
-        silent = tuple(f"{part.role} {part.path} never fired during generate()." for part in parts if not part.fired)
+        silent = tuple(f"{part.role} {part.path} never fired during generate()." for part in parts if part.fired == 0)
         return replace(self, parts=parts, notes=self.notes + silent)
 
 

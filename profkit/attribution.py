@@ -55,11 +55,21 @@ def owning_segment(spans: Spans, events: Events) -> np.ndarray:
     Spans and events must be on one clock. Rule: by the time an operator is called (or a kernel is
     launched), the innermost scope open then.
     """
-    times = spans.marks.host_ns
+    first, count = _main_thread(spans)
+    times = spans.marks.host_ns[first : first + count]
     segment = np.searchsorted(times, events.start_ns, side="right") - 1
-    inside = (segment >= 0) & (segment < len(spans.owner))
-    owner = np.where(inside, spans.owner[np.clip(segment, 0, max(len(spans.owner) - 1, 0))], NOBODY)
-    return np.where(owner >= 0, segment, NOBODY)
+    inside = (segment >= 0) & (segment < count - 1)
+    owner = np.append(spans.owner, NOBODY)[np.where(inside, segment + first, NOBODY)]
+    return np.where(owner >= 0, segment + first, NOBODY)
+
+
+def _main_thread(spans: Spans) -> tuple[int, int]:
+    """Return (first mark, number of marks) of the thread that runs generate(), the first if several do."""
+    runs = np.flatnonzero(spans.root >= 0)
+    if not len(runs):
+        return 0, 0
+    main = np.flatnonzero(spans.marks.thread == spans.marks.thread[spans.begin[runs[0]]])
+    return int(main[0]), len(main)
 
 
 def self_time_ns(events: Events) -> np.ndarray:

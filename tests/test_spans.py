@@ -89,7 +89,10 @@ def test_iterations_reach_from_input_preparation_to_the_next_and_cover_generate(
     spans = generation().spans()
     host = spans.marks.host_ns
     starts, stops = host[spans.steps.start], host[spans.steps.stop]
-    assert starts.tolist() == [0, 83]  # 41 encoding, 8 + 26 to the forward's end, 7 of selection, 1 until prepare begins
+    assert starts.tolist() == [
+        0,
+        83,
+    ]  # 41 encoding, 8 + 26 to the forward's end, 7 of selection, 1 until prepare begins
     assert stops.tolist() == [83, 123]
     assert (stops - starts).sum() == spans.total_ns[0]
 
