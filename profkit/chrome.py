@@ -22,12 +22,6 @@ from profkit.events import Events
 OWN_PROCESS = 2_000_000_000
 """Process number of profkit's tracks, out of reach of real processes and of device numbers."""
 
-SESSION_PROCESS = 2_000_000_001
-"""Process number given to the profiler's pseudo-processes (`Spans`, `Traces`), whose ids are text.
-
-Speedscope rejects ids that are not numbers.
-"""
-
 
 class _Event(msgspec.Struct, gc=False):
     ph: str = ""
@@ -51,7 +45,6 @@ class Slice:
     start_ns: int
     duration_ns: int
     args: dict[str, Any]
-    colour: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,11 +59,13 @@ class Track:
 class Trace:
     """A trace file in memory: header fields, every event as raw JSON, and the complete ones as columns.
 
-    `row` gives for each of `events` its position in `raw`.
+    `row` gives for each of `events` its position in `raw`. `pseudo` tells which raw events are about the
+    profiler's session, in pseudo-processes with text for a number (`Spans`, `Traces`).
     """
 
     header: dict[str, Any]
     raw: list[msgspec.Raw]
+    pseudo: np.ndarray
     row: np.ndarray
     events: Events
 
@@ -97,6 +92,7 @@ def parse(content: bytes) -> Trace:
     return Trace(
         {key: msgspec.json.decode(value) for key, value in header.items()},
         raw,
+        np.array([isinstance(event.pid, str) for event in typed], dtype=bool),
         rows,
         _columns([event for _, event in complete]),
     )
@@ -138,27 +134,16 @@ def _join(raw: Iterable[bytes | msgspec.Raw]) -> bytes:
 def encode(trace: Trace, dropped: np.ndarray, tracks: Sequence[Track], metadata: dict[str, Any]) -> bytes:
     """Return the text of a trace file: profkit's tracks, then the events of `trace`.
 
-    `dropped` is a mask over trace.events of events to leave out. Text process and thread ids become numbers.
+    `dropped` is a mask over trace.events of events to leave out. Pseudo-processes are left out too: viewers
+    reject process numbers that are text, and one slice as long as the session dwarfs the program's.
     """
-    keep = np.ones(len(trace.raw), dtype=bool)
+    keep = ~trace.pseudo
     keep[trace.row[dropped]] = False
-    foreign = (_numbered(one) for one, kept in zip(trace.raw, keep, strict=True) if kept)
+    foreign = (one for one, kept in zip(trace.raw, keep, strict=True) if kept)
     own = (msgspec.json.encode(event) for event in _own_events(tracks))
     header = {key: value for key, value in trace.header.items() if key != "traceName"}
     head = msgspec.json.encode({**header, "profkit": metadata})
     return head[:-1] + b',"traceEvents":' + _join([*own, *foreign]) + b"}"
-
-
-def _numbered(raw: msgspec.Raw) -> bytes:
-    """Return an event whose process and thread are numbers."""
-    text = bytes(raw)
-    if b'"pid": "' not in text and b'"tid": "' not in text and b'"pid":"' not in text and b'"tid":"' not in text:
-        return text
-    event = msgspec.json.decode(text)
-    for key, number in (("pid", SESSION_PROCESS), ("tid", 0)):
-        if isinstance(event.get(key), str):
-            event[key] = number
-    return msgspec.json.encode(event)
 
 
 def _own_events(tracks: Sequence[Track]) -> Iterator[dict[str, Any]]:
@@ -168,7 +153,7 @@ def _own_events(tracks: Sequence[Track]) -> Iterator[dict[str, Any]]:
         yield _label("thread_name", number, name=track.name)
         yield _label("thread_sort_index", number, sort_index=number)
         for one in track.slices:
-            event = {
+            yield {
                 "ph": "X",
                 "cat": "profkit",
                 "name": one.name,
@@ -178,9 +163,6 @@ def _own_events(tracks: Sequence[Track]) -> Iterator[dict[str, Any]]:
                 "dur": one.duration_ns / 1000,
                 "args": one.args,
             }
-            if one.colour:
-                event["cname"] = one.colour
-            yield event
 
 
 def _label(what: str, thread: int, **args: Any) -> dict[str, Any]:

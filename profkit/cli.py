@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
-import sys
 import traceback
 from collections.abc import Sequence
 from datetime import datetime
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "tiny-llava"
 
 
-class Group(click.Group):
+class Command(click.Command):
     """Turns profkit's errors into one sentence and an exit status; --debug shows the traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command, catching what it raises."""
-        errors = Console(stderr=True, soft_wrap=True)
+        """Run the command, catching what it raises."""
+        errors = Console(stderr=True, soft_wrap=True, highlight=False)
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -40,21 +40,21 @@ class Group(click.Group):
             errors.print("Interrupted: nothing was written.")
             ctx.exit(130)
         except Exception as error:
-            if ctx.params.get("debug") or "--debug" in sys.argv:
-                traceback.print_exc()
+            if ctx.params.get("debug"):
+                click.echo(traceback.format_exc(), err=True)
             expected = isinstance(error, ProfkitError)
             sentence = str(error) if expected else f"Unexpected {type(error).__name__}: {error} (--debug shows where)"
-            errors.print(f"[red]Error:[/red] {escape(sentence)}", highlight=False)
+            errors.print(f"[red]Error:[/red] {escape(sentence)}")
             ctx.exit(error.exit_status if isinstance(error, ProfkitError) else MeasurementError.exit_status)
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="profkit")
 def cli() -> None:
     """Where does a multimodal model's generate() spend its time?"""
 
 
-@cli.command(context_settings={"show_default": True})
+@cli.command(cls=Command, context_settings={"show_default": True})
 @click.argument("arguments", nargs=-1, metavar="[MODEL] [INPUTS]...")
 @click.option("--model", help="MODEL by name; then every argument is an input.")
 @click.option("--device", default="auto", help="cpu, cuda, cuda:1, xpu, mps; auto: the accelerator if there is one.")
@@ -109,7 +109,7 @@ def _measure(
     progress: Any,
 ) -> tuple[Any, Path]:
     """Load the model, trace it, and return the run and where it was saved."""
-    target = out or Path("traces") / f"{_file_name(name)}-{datetime.now():%Y%m%d-%H%M%S}"
+    target = out or _new_directory(name)
     _quiet_libraries()
     progress("importing torch and transformers")
     from profkit import capture, models, run
@@ -185,8 +185,12 @@ def parse_steps(steps: str) -> frozenset[int]:
     return frozenset(chosen)
 
 
-def _file_name(model: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2]).strip("-.") or "model"
+def _new_directory(model: str) -> Path:
+    """Return traces/<model>-<time>, with a number behind it if that is taken."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2]).strip("-.") or "model"
+    base = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    candidates = (Path("traces") / (f"{base}-{number}" if number > 1 else base) for number in itertools.count(1))
+    return next(path for path in candidates if not path.exists())
 
 
 def main() -> None:

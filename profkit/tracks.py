@@ -8,18 +8,6 @@ from profkit import stages
 from profkit.chrome import Slice, Track
 from profkit.spans import Spans
 
-COLOURS = {
-    "load": "grey",
-    "preprocess": "olive",
-    "vision": "thread_state_runnable",
-    "projector": "thread_state_running",
-    "prefill": "terrible",
-    "decode": "bad",
-    "head": "yellow",
-    "select": "good",
-}
-"""Names of the palette that chrome://tracing and Perfetto share."""
-
 
 def of(spans: Spans, recorded: np.ndarray) -> list[Track]:
     """Return the tracks for the segments in `recorded` (a mask): what the profiler saw."""
@@ -44,7 +32,7 @@ def _stage_slices(spans: Spans, recorded: np.ndarray) -> list[Slice]:
     last = rows[np.append(np.flatnonzero(starts)[1:] - 1, len(rows) - 1)]
     begin, end = spans.marks.host_ns[first], spans.marks.host_ns[last + 1]
     return [
-        Slice(name, start, stop - start, {**_step_args(spans, step), "meaning": meaning}, COLOURS.get(name))
+        Slice(name, start, stop - start, {**_step_args(spans, step), "meaning": meaning})
         for name, meaning, start, stop, step in zip(
             [stages.NAMES[number] for number in stage[first]],
             [stages.STAGES[number].meaning for number in stage[first]],

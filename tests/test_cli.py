@@ -1,0 +1,211 @@
+"""The command line as a user meets it: the table, JSON, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import click
+import pytest
+from builders import small_llava
+from click.testing import CliRunner
+from PIL import Image
+
+import profkit
+from profkit.cli import cli, parse_steps
+from profkit.errors import InputError
+
+pytestmark = pytest.mark.smoke
+
+QUICK = ["--max-new-tokens", "4", "--warmup", "0", "--repeat", "1"]
+
+
+def invoke(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(cli, [str(one) for one in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(autouse=True)
+def own_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def own_model():
+    """What `test_cli:own_model` gives: (model, generate_kwargs)."""
+    return small_llava()
+
+
+def test_the_embedded_default_prints_the_table_and_says_where_it_is(tmp_path):
+    status, out, _ = invoke("trace", *QUICK)
+    assert status == 0, out
+    for words in (
+        "1 Load",
+        "2 Preprocess",
+        "3 Vision encoding",
+        "4 LLM",
+        "TTFT",
+        "TPOT",
+        "tokens/s",
+        "overhead",
+        "dilation",
+    ):
+        assert words in out
+    assert "tokens with and without the instrument: equal" in out
+    run = next((tmp_path / "traces").iterdir())
+    assert run.name.startswith("tiny-llava-")
+    assert f"Wrote traces/{run.name}" in out
+    table = profkit.load(run).stages()
+    assert f"{table['host_ms'].sum():.2f}" in out
+
+
+def test_json_is_json_alone(tmp_path):
+    status, out, _ = invoke("trace", *QUICK, "--json", "--no-profile", "--out", tmp_path / "run")
+    assert status == 0
+    found = json.loads(out)
+    assert sum(row["host_ms"] for row in found["stages"]) == pytest.approx(found["total_ms"])
+    assert found["checks"]["same_tokens"] is True
+    assert found["dilation"] == []
+    assert found["stages"][0]["device_ms"] is None
+
+
+def test_images_and_prompts_of_the_users_own(tmp_path):
+    Image.new("RGBA", (50, 80), "red").save(tmp_path / "red.png")
+    status, out, _ = invoke("trace", "--model", "tiny-llava", "red.png", "--prompt", "Which colour?", *QUICK, "--json")
+    assert status == 0
+    manifest = json.loads((tmp_path / json.loads(out)["path"] / "run.json").read_text())
+    assert set(manifest["inputs"]) == {"red.png", "prompt"}
+
+
+def test_a_checkpoint_directory(tmp_path):
+    from builders import tiny_llava
+
+    loaded = tiny_llava()
+    loaded.model.save_pretrained(tmp_path / "checkpoint")
+    loaded.processor.save_pretrained(tmp_path / "checkpoint")
+    status, out, err = invoke("trace", tmp_path / "checkpoint", *QUICK, "--no-profile")
+    assert status == 0, err
+    assert "checkpoint" in out
+
+
+def test_a_function_of_the_users_own():
+    status, out, err = invoke("trace", "test_cli:own_model", *QUICK, "--granularity", "module")
+    assert status == 0, err
+    assert "own_model" in out
+    assert "1 Load" not in out
+    status, _, err = invoke("trace", "test_cli:own_model", "photo.jpg", *QUICK)
+    assert status == 2
+    assert "leave INPUTS and --prompt out" in err
+
+
+def plain_module():
+    """Not a pair."""
+    return small_llava()[0]
+
+
+def no_generate():
+    """A model that cannot generate."""
+    return small_llava()[0].model.vision_tower, {}
+
+
+def out_of_memory():
+    """A model whose head asks for more than there is."""
+    import torch
+
+    model, kwargs = small_llava()
+    model.lm_head.forward = lambda x: torch.empty(1 << 50)
+    return model, kwargs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["tiny-lava"], 2, "There is no preset 'tiny-lava' (nearest: tiny-llava"),
+        (["missing/checkpoint"], 2, "Cannot load the checkpoint missing/checkpoint"),
+        (["tiny-llava", "missing.jpg"], 2, "There is no file missing.jpg"),
+        (["tiny-llava", "notes.txt"], 2, "notes.txt is not an image that Pillow can read"),
+        (["tiny-llava", "cut.jpg"], 2, "Cannot read the image cut.jpg"),
+        (["tiny-llava", "folder"], 2, "Cannot read the image folder"),
+        (["folder"], 2, "folder has no config.json"),
+        (["notes.txt"], 2, "notes.txt is a file: give a preset"),
+        (["no_module_of_this_name:make"], 2, "Cannot import no_module_of_this_name:make"),
+        (["test_cli:nothing"], 2, "Cannot import test_cli:nothing"),
+        (["test_cli:plain_module"], 2, "must return (model, generate_kwargs) or (model, processor)"),
+        (["test_cli:no_generate"], 2, "has no generate()"),
+        (["test_cli:out_of_memory"], 1, "ran out of memory on cpu"),
+        (["llava-1.5-7b"], 2, "pass --weights random"),
+        (["tiny-llava", "--weights", "real"], 2, "has no real weights"),
+        (["--prompt", "<image> and <image>"], 2, "The prompt has 2 <image> for 1 image(s)"),
+        (["--prompt", "word " * 2000], 2, "room for 4096: shorten the prompt"),
+        (["--device", "cuda"], 2, "--device cuda: torch"),
+        (["--device", "toaster"], 2, "Unknown device 'toaster'"),
+        (["--profile-steps", "4-2"], 2, "is not a list of steps such as 0-4,10"),
+        (["--profile-steps", "50"], 1, "None of the steps to profile (50) ran"),
+        (["--out", "folder"], 2, "folder already exists"),
+        (["--out", "notes.txt/run"], 2, "Cannot write notes.txt/run"),
+        (["--repeat", "0"], 2, "Invalid value for '--repeat'"),
+        (["--granularity", "atom"], 2, "'atom' is not one of"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_a_mistake_is_one_sentence(tmp_path, arguments, status, words):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "notes.txt").write_text("no image")
+    whole = tmp_path / "whole.jpg"
+    Image.effect_noise((64, 64), 50).save(whole)
+    (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:400])
+    whole.unlink()
+    before = sorted(tmp_path.rglob("*"))
+    found, out, err = invoke("trace", *QUICK, *arguments)
+    assert found == status, err
+    assert words in err.replace("\n", " ")
+    assert "Traceback" not in err
+    assert out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_debug_shows_the_traceback():
+    assert "Traceback" in invoke("trace", "tiny-lava", "--debug")[2]
+
+
+def test_another_profiler_is_said():
+    import torch
+
+    with torch.profiler.profile():
+        status, _, err = invoke("trace", *QUICK)
+    assert status == 2
+    assert "Another torch.profiler is recording" in err
+
+
+def test_an_interrupt_leaves_nothing_behind(tmp_path):
+    command = [sys.executable, "-m", "profkit", "trace", "--max-new-tokens", "3000", "--out", "runs/run"]
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=paths)
+    time.sleep(7)  # into the passes; before them the answer is the same
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted: nothing was written." in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_steps():
+    assert parse_steps("0-4,10") == frozenset([0, 1, 2, 3, 4, 10])
+    assert parse_steps(" 7 ") == frozenset([7])
+    for wrong in ("", "a", "1-", "-1", "3-2", "1,,2"):
+        with pytest.raises(InputError):
+            parse_steps(wrong)
+
+
+def test_every_command_and_option_has_help():
+    for name, command in cli.commands.items():
+        assert command.help, name
+        assert "Example:" in command.help
+        for option in command.params:
+            if isinstance(option, click.Option) and not isinstance(option.type, click.Choice):
+                assert option.help or option.name in ("max_new_tokens", "seed"), option.name

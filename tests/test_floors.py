@@ -1,0 +1,77 @@
+"""Two walls: imports go down only, torch stays below, and only the command line prints."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "profkit"
+
+FLOORS = {
+    1: {"stages", "errors", "stats"},
+    2: {"ledger", "events", "anatomy", "clock", "environment", "processors"},
+    3: {"spans", "chrome", "models", "samples"},
+    4: {"attribution", "probes"},
+    5: {"tables", "tracks", "kineto"},
+    6: {"run"},
+    7: {"capture", "text"},
+    8: {"cli"},
+}
+WITH_TORCH = {"clock", "environment", "processors", "models", "samples", "probes", "kineto", "capture"}
+FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
+
+
+def imported(module: str) -> set[str]:
+    """profkit's modules that a module imports at its top level or in its functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "profkit":
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("profkit."):
+            found.add(node.module.split(".")[1])
+    return found & set(MODULES)
+
+
+def test_every_module_has_a_floor():
+    assert set(FLOOR_OF) == set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down_only(module):
+    upward = {other for other in imported(module) if FLOOR_OF[other] >= FLOOR_OF[module]}
+    assert not upward
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_command_line_prints(module):
+    if module == "cli":
+        return
+    calls = [node for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())) if isinstance(node, ast.Call)]
+    assert not [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+
+def test_the_pure_half_loads_without_torch():
+    pure = sorted(set(MODULES) - WITH_TORCH)
+    code = f"""
+import sys
+sys.modules["torch"] = None
+sys.modules["transformers"] = None
+import profkit
+for module in {pure!r}:
+    __import__("profkit." + module)
+profkit.load
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_modules_say_what_they_are_for_and_stay_small(path):
+    text = path.read_text(encoding="utf-8")
+    assert ast.get_docstring(ast.parse(text))
+    assert text.count("\n") <= 400

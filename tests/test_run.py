@@ -1,0 +1,101 @@
+"""Run directories: all or nothing, and one sentence for what cannot be read or written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from builders import small_llava
+
+import profkit
+from profkit import run as runs
+from profkit.errors import InputError
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model, kwargs = small_llava()
+    path = tmp_path / "run"
+    profkit.trace(model, kwargs, out=path, warmup=0, repeat=1, profile=False)
+    return path
+
+
+def test_what_is_not_a_run_is_refused(tmp_path, saved):
+    with pytest.raises(InputError, match=r"is not a run directory: it has no readable run\.json"):
+        profkit.load(tmp_path)
+    (saved / "marks.parquet").write_bytes(b"PAR1 cut short")
+    with pytest.raises(InputError, match="is damaged: Arrow"):
+        profkit.load(saved)
+    manifest = saved / "run.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, "schema": 99}))
+    with pytest.raises(InputError, match=r"has schema 99, this profkit reads 1: use the profkit that wrote it"):
+        profkit.load(saved)
+    manifest.write_text("{")
+    with pytest.raises(InputError, match=r"run\.json is damaged"):
+        profkit.load(saved)
+
+
+def test_a_run_is_replaced_only_by_force(saved):
+    model, kwargs = small_llava()
+    before = (saved / "run.json").read_text()
+    with pytest.raises(InputError, match="already exists"):
+        profkit.trace(model, kwargs, out=saved)
+    assert (saved / "run.json").read_text() == before
+    profkit.trace(model, kwargs, out=saved, force=True, warmup=0, repeat=2, profile=False)
+    assert len(profkit.load(saved).clean) == 2
+    assert [one.name for one in saved.parent.iterdir()] == ["run"]
+
+
+def test_force_does_not_replace_what_is_no_run(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").touch()
+    with pytest.raises(InputError, match="--force will not replace it"):
+        runs.check_target(tmp_path / "thesis", force=True)
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    def fill(folder: Path) -> None:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.write_directory(tmp_path / "run", fill)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_run(saved):
+    def fill(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = (saved / "run.json").read_text()
+    with pytest.raises(InputError, match=r"Cannot write .*: No space left on device"):
+        runs.write_directory(saved, fill, force=True)
+    assert (saved / "run.json").read_text() == before
+    assert [one.name for one in saved.parent.iterdir()] == ["run"]
+
+
+def test_targets_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="choose another --out"):
+        runs.check_target(tmp_path / "file" / "run", force=False)
+    if os.geteuid():
+        (tmp_path / "locked").mkdir(mode=0o500)
+        with pytest.raises(InputError, match="no permission"):
+            runs.check_target(tmp_path / "locked" / "run", force=False)
+
+
+def test_a_run_without_a_clean_pass_says_so():
+    empty = runs.Run({}, profkit.inspect(small_llava()[0]), [], [])
+    with pytest.raises(InputError, match="no finished clean pass"):
+        empty.stages()
+    assert len(empty.dilation()) == 0
+
+
+def test_plain_values_are_json():
+    frame = pd.DataFrame({"a": [1.5, float("nan")]})
+    assert runs.plain(frame.to_dict(orient="list")) == {"a": [1.5, None]}
+    assert runs.plain({1: (Path("x"), frozenset([2]), float("inf"))}) == {"1": ["x", [2], None]}
