@@ -32,7 +32,13 @@ def byte_tokenizer(special_ids: dict[str, int]) -> transformers.PreTrainedTokeni
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        # LLaVA's generate() refuses the token_type_ids that transformers 4 would add.
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import click
 import pytest
@@ -181,14 +182,27 @@ def test_another_profiler_is_said():
     assert "Another torch.profiler is recording" in err
 
 
+def endless():
+    """A model that says by a file when its passes have begun."""
+    model, kwargs = small_llava()
+    model.register_forward_pre_hook(lambda module, args: Path("begun").touch())
+    return model, {**kwargs, "max_new_tokens": 10**6, "min_new_tokens": 10**6}
+
+
 def test_an_interrupt_leaves_nothing_behind(tmp_path):
-    command = [sys.executable, "-m", "profkit", "trace", "--max-new-tokens", "3000", "--out", "runs/run"]
+    command = [sys.executable, "-m", "profkit", "trace", "test_cli:endless", "--warmup", "0", "--out", "runs/run"]
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=paths)
-    time.sleep(7)  # into the passes; before them the answer is the same
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    try:
+        for _ in range(600):
+            if (tmp_path / "begun").exists() or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
     assert "Interrupted: nothing was written." in err
     assert "Traceback" not in err
     assert not (tmp_path / "runs").exists()
