@@ -20,9 +20,10 @@ from profkit import anatomy as anatomies
 from profkit import attribution, chrome, environment, kineto, tables, tracks
 from profkit import run as runs
 from profkit.anatomy import Anatomy
+from profkit.clock import DeviceClock
 from profkit.environment import device_of, preserved_random_state, random_state, restore_random_state
 from profkit.errors import InputError, MeasurementError, ProfkitError
-from profkit.ledger import Ledger, Scope, Scopes
+from profkit.ledger import Ledger, Marks, Scope, Scopes
 from profkit.probes import Call, Granularity, Instrument, sequences
 from profkit.run import Pass, Run
 from profkit.spans import Spans
@@ -92,12 +93,13 @@ def profile(model: nn.Module, *, granularity: Granularity = "layer", anatomy: An
     scopes = Scopes()
     ledger = Ledger(scopes)
     result = Run(environment.describe(model), found, scopes.list, [])
-    instrument = Instrument(model, found, ledger, granularity)
+    clock = DeviceClock.of(device_of(model))
+    instrument = Instrument(model, found, ledger, granularity, clock)
     try:
         with instrument:
             yield result
     finally:
-        spans = Spans(_marks(ledger, instrument), scopes.list)
+        spans = Spans(_marks(ledger, clock), scopes.list)
         result.passes = [Pass("clean", _generate_ns(spans), spans)]
         result.anatomy = found.with_calls(_calls_by_path(spans))
         result.manifest["calls"] = [_call_dict(call) for call in instrument.calls]
@@ -153,6 +155,7 @@ class _Tracing:
         self.model, self.sample, self.kwargs, self.plan = model, sample, kwargs, plan
         self.anatomy = anatomy or anatomies.find(model)
         self.device = device_of(model)
+        self.clock = DeviceClock.of(self.device)
         self.scopes = Scopes([SAMPLE, *(Scope(f"{name}()", "input", name) for name in INPUT_STAGES)])
         self.random_state = random_state()
         self.tokens: dict[str, list[torch.Tensor | None]] = {"control": [], "clean": [], "profiled": []}
@@ -204,20 +207,20 @@ class _Tracing:
     def clean(self) -> Pass:
         """generate() with probes and device events alone."""
         ledger = Ledger(self.scopes)
-        instrument = Instrument(self.model, self.anatomy, ledger, self.plan.granularity)
+        instrument = Instrument(self.model, self.anatomy, ledger, self.plan.granularity, self.clock)
         elapsed = self._instrumented(ledger, instrument, "clean")
-        return Pass("clean", elapsed, Spans(_marks(ledger, instrument), self.scopes.list))
+        return Pass("clean", elapsed, Spans(_marks(ledger, self.clock), self.scopes.list))
 
     def profiled(self, result: Run) -> None:
         """generate() with probes inside torch.profiler; adds operators, trace and checks to the run."""
         ledger = Ledger(self.scopes)
         session = kineto.Session(self.plan.profile_steps, self.device)
         instrument = Instrument(
-            self.model, self.anatomy, ledger, self.plan.granularity, session.wrap, session.on_iteration
+            self.model, self.anatomy, ledger, self.plan.granularity, self.clock, session.wrap, session.on_iteration
         )
         with session:
             elapsed = self._instrumented(ledger, instrument, "profiled")
-        spans = Spans(_marks(ledger, instrument), self.scopes.list)
+        spans = Spans(_marks(ledger, self.clock), self.scopes.list)
         known = tuple(sorted(self.plan.profile_steps & set(range(len(spans.steps)))))
         if not known:
             wanted = ", ".join(map(str, sorted(self.plan.profile_steps)))
@@ -315,8 +318,8 @@ def _fresh(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: copy.deepcopy(value) if key == "past_key_values" else value for key, value in kwargs.items()}
 
 
-def _marks(ledger: Ledger, instrument: Instrument) -> Any:
-    return ledger.marks(instrument.clock.resolve if instrument.clock else None)
+def _marks(ledger: Ledger, clock: DeviceClock | None) -> Marks:
+    return ledger.marks(clock.resolve if clock else None)
 
 
 def _generate_ns(spans: Spans) -> int:

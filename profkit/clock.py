@@ -22,8 +22,8 @@ class DeviceEvent(Protocol):
 class DeviceClock:
     """Times on one device. `record()` marks the current stream; `resolve()` waits once and reads all.
 
-    Events are pooled: `restart()` makes those of the last run available again, so that memory
-    is bounded by the longest run. Times are nanoseconds since the first event of the run.
+    Events are pooled: `restart()` makes those of the last run available again, so that a clock that is kept
+    over several runs is bounded by the longest. Times are nanoseconds since the first event of the run.
     """
 
     def __init__(
@@ -59,11 +59,6 @@ class DeviceClock:
     def restart(self) -> None:
         """Begin a new run: slots start from 0 and the pool's events are used again."""
         self._used = 0
-
-    def reserve(self, count: int) -> None:
-        """Create events ahead of the run, so that probes need not."""
-        while len(self._pool) < count:
-            self._pool.append(self._new_event())
 
     def resolve(self) -> np.ndarray:
         """Wait for the device once and return the time of every slot, in ns since slot 0."""

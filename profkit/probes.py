@@ -19,7 +19,6 @@ from torch.compiler import is_compiling
 
 from profkit.anatomy import Anatomy, ancestors, is_layer_list, within
 from profkit.clock import DeviceClock
-from profkit.environment import device_of
 from profkit.errors import InputError
 from profkit.ledger import Ledger, Scope
 
@@ -54,8 +53,9 @@ class Instrument:
     """A context that probes a model's methods and writes marks to a ledger.
 
     An error inside the instrument is kept in `ledger.faults`; generate() goes on. On leaving the
-    context every probe is removed, whatever happened inside. `wrap_marker` and `on_iteration` are for the
-    profiled pass: the one goes around the ledger's marker, the other is called as each step begins.
+    context every probe is removed, whatever happened inside. `clock` adds a device event to every mark.
+    `wrap_marker` and `on_iteration` are for the profiled pass: the one goes around the ledger's marker, the
+    other is called as each step begins.
     """
 
     def __init__(
@@ -64,18 +64,19 @@ class Instrument:
         anatomy: Anatomy,
         ledger: Ledger,
         granularity: Granularity = "layer",
+        clock: DeviceClock | None = None,
         wrap_marker: MarkerWrapper | None = None,
         on_iteration: Callable[[int], None] | None = None,
     ) -> None:
         if granularity not in GRANULARITIES:
             raise InputError(f"Unknown granularity {granularity!r}: choose one of {', '.join(GRANULARITIES)}.")
         self.calls: list[Call] = []
-        self.clock = DeviceClock.of(device_of(model))
         self._model = model
         self._anatomy = anatomy
         self._ledger = ledger
         self._granularity = granularity
-        marker = ledger.marker(self.clock.record if self.clock else None)
+        self._clock = clock
+        marker = ledger.marker(clock.record if clock else None)
         self._mark = wrap_marker(marker) if wrap_marker else marker
         self._on_iteration = on_iteration
         self._passes = self._iterations = 0
@@ -84,9 +85,8 @@ class Instrument:
 
     def __enter__(self) -> Instrument:
         try:
-            if self.clock:
-                self.clock.restart()
-                self.clock.reserve(4096)
+            if self._clock:
+                self._clock.restart()
             for module, scope in plan(self._model, self._anatomy, self._granularity):
                 self._attach(module, "forward", scope)
             for module, name, scope in methods(self._model, self._anatomy):

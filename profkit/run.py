@@ -172,8 +172,11 @@ def check_target(path: Path, force: bool) -> None:
     if path.exists() and not (path / "run.json").is_file():
         raise InputError(f"{path} is not a run directory, so --force will not replace it: choose another --out.")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"Cannot write {path}: no permission to create it in {parent}; choose another --out.")
+    try:
+        # Permission bits do not tell: root passes them all, and a read-only file system has its own mind.
+        Path(tempfile.mkdtemp(prefix=".profkit-", dir=parent)).rmdir()
+    except OSError as error:
+        raise InputError(f"Cannot write {path}: {error.strerror} in {parent}; choose another --out.") from error
 
 
 def write_directory(path: Path, fill: Callable[[Path], None], force: bool = False) -> None:

@@ -10,7 +10,7 @@ import torch
 from builders import small_llava
 
 import profkit
-from profkit import probes
+from profkit import capture
 from profkit.clock import DeviceClock
 
 
@@ -33,7 +33,6 @@ def fake_clock() -> tuple[DeviceClock, list[str]]:
 
 def test_events_are_pooled_and_resolved_with_one_wait():
     clock, waits = fake_clock()
-    clock.reserve(3)
     assert [clock.record() for _ in range(5)] == [0, 1, 2, 3, 4]
     assert waits == []
     assert np.diff(clock.resolve()).tolist() == [2000] * 4
@@ -46,7 +45,7 @@ def test_events_are_pooled_and_resolved_with_one_wait():
 
 def test_device_times_of_a_run_sum_exactly(monkeypatch):
     clock, waits = fake_clock()
-    monkeypatch.setattr(probes.DeviceClock, "of", classmethod(lambda cls, device: clock))
+    monkeypatch.setattr(capture.DeviceClock, "of", classmethod(lambda cls, device: clock))
     model, kwargs = small_llava()
     with profkit.profile(model) as prof:
         model.generate(**kwargs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pandas as pd
@@ -80,12 +79,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_run(saved):
 
 def test_targets_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="choose another --out"):
+    with pytest.raises(InputError, match=r"Cannot write .*: Not a directory"):
         runs.check_target(tmp_path / "file" / "run", force=False)
-    if os.geteuid():
-        (tmp_path / "locked").mkdir(mode=0o500)
-        with pytest.raises(InputError, match="no permission"):
-            runs.check_target(tmp_path / "locked" / "run", force=False)
+    with pytest.raises(InputError, match="Cannot write /proc/run"):
+        runs.check_target(Path("/proc/run"), force=False)
 
 
 def test_a_run_without_a_clean_pass_says_so():
