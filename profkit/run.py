@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class Pass:
     steps_recorded: tuple[int, ...] = ()
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """One measurement. Tables come from the clean pass of median total: a real one, so its rows add up.
 
@@ -51,8 +51,15 @@ class Run:
     scopes: list[Scope]
     passes: list[Pass]
     operators: pd.DataFrame | None = None
-    trace_json: bytes | None = field(default=None, repr=False)
+    trace_json: bytes | None = None
     path: Path | None = None
+
+    def __repr__(self) -> str:
+        name = self.manifest.get("model") or self.anatomy.model_class
+        kinds = ", ".join(
+            f"{len(self.of_kind(kind))} {kind}" for kind in dict.fromkeys(one.kind for one in self.passes)
+        )
+        return f"<Run of {name}: {kinds or 'no'} passes>"
 
     def of_kind(self, kind: str) -> list[Pass]:
         """Return the passes of a kind: control, clean or profiled."""
@@ -141,7 +148,9 @@ class Run:
 
 def recorded(spans: Spans, steps: Sequence[int]) -> np.ndarray:
     """Return which segments lie in these steps; what comes before generate() goes with step 0."""
-    return np.isin(spans.step, list(steps)) | ((spans.step < 0) & (0 in steps))
+    position = np.arange(len(spans.step))
+    before = position < (spans.steps.start[0] if len(spans.steps) else len(position))
+    return np.isin(spans.step, list(steps)) | (before & (0 in steps))
 
 
 def load(path: str | os.PathLike[str]) -> Run:

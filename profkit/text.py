@@ -92,7 +92,8 @@ def cost_lines(run: Run) -> Iterator[str]:
     """Yield what the instrument cost: overhead of the clean passes, dilation of the profiled one."""
     pairs = len(run.of_kind("control"))
     if pairs:
-        yield f"instrument's overhead: ×{run.overhead():.3f} (clean over uninstrumented, median of {pairs} pairs)"
+        over = f"median of {pairs} pairs" if pairs > 1 else "one pair"
+        yield f"instrument's overhead: ×{run.overhead():.3f} (clean over uninstrumented, {over})"
     dilation = run.dilation()
     if len(dilation):
         ratios = {str(name): float(ratio) for name, ratio in dilation["ratio"].items()}
