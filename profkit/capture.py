@@ -340,5 +340,5 @@ def _token_list(tokens: torch.Tensor | None) -> list[list[int]] | None:
     return None if tokens is None else tokens.tolist()
 
 
-def _call_dict(call: Call) -> dict[str, int]:
-    return {"batch": call.batch, "prompt_tokens": call.prompt_tokens}
+def _call_dict(call: Call) -> dict[str, int | None]:
+    return {"batch": call.batch, "prompt_tokens": call.prompt_tokens, "new_tokens": call.new_tokens()}

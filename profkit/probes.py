@@ -42,11 +42,33 @@ TOKEN_INPUTS = ("inputs_embeds", "input_ids", "hidden_states")
 
 @dataclass(frozen=True)
 class Call:
-    """One call of generate() as seen from outside: sizes and the tokens it returned (or None)."""
+    """One call of generate() as seen from outside: the prompt (token ids or embeddings) and what it returned."""
 
-    batch: int
-    prompt_tokens: int
+    prompt: torch.Tensor | None
     tokens: torch.Tensor | None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The prompt's length, 0 if the inputs do not tell."""
+        return 0 if self.prompt is None else int(self.prompt.shape[1])
+
+    @property
+    def batch(self) -> int:
+        """The number of sequences returned, else of those given."""
+        known = self.tokens if self.tokens is not None else self.prompt
+        return 1 if known is None else int(known.shape[0])
+
+    def new_tokens(self) -> int | None:
+        """Return how many tokens were appended to the prompt, None unless what was returned begins with it.
+
+        Some models return the new tokens alone. Compares on the device: not for hot paths.
+        """
+        if self.tokens is None or self.prompt is None or self.prompt.is_floating_point():
+            return None
+        prompt, returned = self.prompt[0], self.tokens[0]
+        if len(returned) < len(prompt) or not torch.equal(returned[: len(prompt)], prompt.to(returned.device)):
+            return None
+        return len(returned) - len(prompt)
 
 
 class Instrument:
@@ -179,7 +201,7 @@ class Instrument:
             output = None
             index = mark(code)
             try:
-                self._note(index, lambda: prompt_size(args, kwargs)[1])
+                self._note(index, lambda: Call(prompt_of(args, kwargs), None).prompt_tokens)
                 output = bound(*args, **kwargs)
                 return output
             finally:
@@ -206,8 +228,7 @@ class Instrument:
 
     def _keep_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         try:
-            batch, tokens = prompt_size(args, kwargs)
-            self.calls.append(Call(batch, tokens, sequences(output)))
+            self.calls.append(Call(prompt_of(args, kwargs), sequences(output)))
         except Exception as error:
             self._ledger.fault(error, "outputs of generate()")
 
@@ -274,16 +295,16 @@ def sequence_length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     return -1
 
 
-def prompt_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int]:
-    """Return (batch, prompt tokens) of a generate() call, (1, 0) where its inputs do not tell."""
+def prompt_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return the prompt given to generate(): embeddings [batch, tokens, width] or ids [batch, tokens].
+
+    The attention mask stands for a prompt of which it alone is known; None if there is none of them.
+    """
     named = [kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs", "attention_mask")]
     for value in [*named, *args[:1]]:
-        tokens_or_embeddings = isinstance(value, torch.Tensor) and (
-            value.dim() == 3 if value.is_floating_point() else value.dim() == 2
-        )
-        if tokens_or_embeddings:
-            return int(value.shape[0]), int(value.shape[1])
-    return 1, 0
+        if isinstance(value, torch.Tensor) and value.dim() == (3 if value.is_floating_point() else 2):
+            return value.detach()
+    return None
 
 
 def sequences(output: Any) -> torch.Tensor | None:

@@ -78,12 +78,6 @@ class Run:
         totals = [float(tables.stage_table(spans)["host_ns"].sum()) for spans in self.clean]
         return self.clean[stats.median_index(totals)]
 
-    @property
-    def batch(self) -> int:
-        """The number of sequences in the (first) call of generate()."""
-        calls = self.manifest.get("calls") or [{"batch": 1}]
-        return int(calls[0]["batch"])
-
     def stages(self) -> pd.DataFrame:
         """Return a row a stage: index `stage`; columns calls, host_ns, host_ms, device_ms, busy_ms, share.
 
@@ -111,7 +105,8 @@ class Run:
 
     def latency(self) -> tables.Latency:
         """Return TTFT, TPOT, ITL percentiles and throughput of the representative pass."""
-        return tables.latency(self.representative, self.batch)
+        first = (self.manifest.get("calls") or [{}])[0]
+        return tables.latency(self.representative, first.get("batch") or 1, first.get("new_tokens"))
 
     def overhead(self) -> float:
         """Return clean over control time of generate(), the median of pairs; NaN without controls."""

@@ -191,8 +191,12 @@ class Latency:
     prefill_tokens_per_s: float
 
 
-def latency(spans: Spans, batch: int = 1) -> Latency:
-    """Return the latency figures of the first generate() in a pass; a decode step counts as a token."""
+def latency(spans: Spans, batch: int = 1, new_tokens: int | None = None) -> Latency:
+    """Return the latency figures of the first generate() in a pass.
+
+    `new_tokens` is how many tokens it made; None counts each decode step as one. With speculative decoding
+    a step gives several, which appear at once: the gaps of ITL are those between steps.
+    """
     steps = spans.steps
     of_first = steps.loop == steps.loop[:1] if len(steps) else np.zeros(0, dtype=bool)
     host, nan = spans.marks.host_ns, float("nan")
@@ -203,7 +207,8 @@ def latency(spans: Spans, batch: int = 1) -> Latency:
     # The last prefill step gives the first token; each step's token is there when its iteration ends.
     prefill = of_first & steps.prefill
     token_ns = host[steps.stop[np.flatnonzero(of_first)[int(prefill.sum()) - 1 :]]]
-    count, ttft_ns = len(token_ns), int(token_ns[0]) - begin_ns
+    count = len(token_ns) if new_tokens is None else new_tokens
+    ttft_ns = int(token_ns[0]) - begin_ns
     gaps_ms = np.diff(token_ns) / MS
     decoding_ns = end_ns - int(token_ns[0])
     table = stage_table(spans, np.isin(spans.step, np.flatnonzero(of_first)))

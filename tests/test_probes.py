@@ -76,7 +76,8 @@ def test_several_calls_add_up(llava):
     assert steps["tokens"].tolist() == [8, 1, 1, 1, 1, 8, 1, 1]
     stages = prof.stages()
     assert stages.loc[["prefill", "decode"], "host_ms"].sum() == pytest.approx(steps["host_ms"].sum())
-    assert prof.manifest["calls"] == [{"batch": 1, "prompt_tokens": 8}] * 2
+    assert [call["new_tokens"] for call in prof.manifest["calls"]] == [5, 3]
+    assert [call["prompt_tokens"] for call in prof.manifest["calls"]] == [8, 8]
 
 
 class BoomError(Exception):
@@ -204,10 +205,53 @@ def test_an_unknown_granularity_is_refused(llava):
 
 def test_prompt_and_pass_sizes():
     ids, embeds = torch.zeros(2, 7, dtype=torch.long), torch.zeros(3, 5, 8)
-    assert probes.prompt_size((), {"input_ids": ids}) == (2, 7)
-    assert probes.prompt_size((ids,), {}) == (2, 7)
-    assert probes.prompt_size((), {"inputs_embeds": embeds}) == (3, 5)
-    assert probes.prompt_size((), {"pixel_values": torch.zeros(1, 3, 4, 4)}) == (1, 0)
+    assert probes.prompt_of((), {"input_ids": ids}).shape == (2, 7)
+    assert probes.prompt_of((ids,), {}).shape == (2, 7)
+    assert probes.prompt_of((), {"inputs_embeds": embeds}).shape == (3, 5, 8)
+    assert probes.prompt_of((), {"pixel_values": torch.zeros(1, 3, 4, 4)}) is None
     assert probes.sequence_length((), {"inputs_embeds": embeds}) == 5
     assert probes.sequence_length((embeds,), {}) == 5
     assert probes.sequence_length((), {}) == -1
+
+
+def test_what_was_returned_tells_new_tokens_only_behind_the_prompt():
+    prompt = torch.tensor([[1, 2, 3]])
+    assert probes.Call(prompt, torch.tensor([[1, 2, 3, 7, 8]])).new_tokens() == 2
+    assert probes.Call(prompt, torch.tensor([[7, 8, 9, 7]])).new_tokens() is None
+    assert probes.Call(prompt, torch.tensor([[7, 8]])).new_tokens() is None
+    assert probes.Call(torch.zeros(1, 3, 8), torch.tensor([[7, 8]])).new_tokens() is None
+    assert probes.Call(None, None).new_tokens() is None
+
+
+TEXT = {"input_ids": torch.tensor([[1, 5, 6, 7, 8, 9, 10, 11]]), "pixel_values": None}
+"""transformers 4 cannot split a prompt with an image into chunks."""
+
+
+@pytest.mark.parametrize(
+    ("options", "phases", "new_tokens", "batch"),
+    [
+        ({"num_beams": 3}, ["prefill"] + ["decode"] * 4, 5, 1),
+        ({"prefill_chunk_size": 3, **TEXT}, ["prefill"] * 3 + ["decode"] * 4, 5, 1),
+        ({"use_cache": False}, ["prefill"] + ["decode"] * 4, 5, 1),
+        ({"do_sample": True, "num_return_sequences": 3}, ["prefill"] + ["decode"] * 4, 5, 3),
+        ({"cache_implementation": "static"}, ["prefill"] + ["decode"] * 4, 5, 1),
+        ({"return_dict_in_generate": True, "output_scores": True}, ["prefill"] + ["decode"] * 4, 5, 1),
+        ({"prompt_lookup_num_tokens": 2, "max_new_tokens": 10, "min_new_tokens": 10}, None, 10, 1),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_other_ways_of_decoding(llava, options, phases, new_tokens, batch):
+    """Steps are passes of the decoder: neither "the prompt" nor "one token" each."""
+    model, kwargs = llava
+    kwargs = {name: value for name, value in {**kwargs, **options}.items() if value is not None}
+    torch.manual_seed(0)
+    plain = probes.sequences(model.generate(**kwargs))
+    torch.manual_seed(0)
+    with profkit.profile(model) as prof:
+        found = probes.sequences(model.generate(**kwargs))
+    assert torch.equal(found, plain)
+    prof.representative.check()
+    phase = prof.steps()["phase"].tolist()
+    assert phase == phases if phases else phase.count("prefill") == 1
+    assert prof.latency().new_tokens == new_tokens
+    assert prof.latency().batch == batch
