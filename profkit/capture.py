@@ -24,7 +24,7 @@ from profkit.clock import DeviceClock
 from profkit.environment import device_of, preserved_random_state, random_state, restore_random_state
 from profkit.errors import InputError, MeasurementError, ProfkitError
 from profkit.ledger import Ledger, Marks, Scope, Scopes
-from profkit.probes import Call, Granularity, Instrument, sequences
+from profkit.probes import GRANULARITIES, Call, Granularity, Instrument, sequences
 from profkit.run import Pass, Run
 from profkit.spans import Spans
 
@@ -62,6 +62,9 @@ class Plan:
     def __post_init__(self) -> None:
         if self.repeat < 1:
             raise InputError(f"repeat is {self.repeat}: at least one clean pass is needed.")
+        self.profile_steps = frozenset(self.profile_steps)
+        if self.granularity not in GRANULARITIES:
+            raise InputError(f"Unknown granularity {self.granularity!r}: choose one of {', '.join(GRANULARITIES)}.")
         if self.warmup < 0:
             raise InputError(f"warmup is {self.warmup}: it cannot be negative.")
 
@@ -99,7 +102,13 @@ def profile(model: nn.Module, *, granularity: Granularity = "layer", anatomy: An
         with instrument:
             yield result
     finally:
-        spans = Spans(_marks(ledger, clock), scopes.list)
+        # This runs while the body's exception, if any, is on its way: nothing here may take its place.
+        try:
+            marks = _marks(ledger, clock)
+        except Exception as error:
+            ledger.fault(error, "device events")
+            marks = ledger.marks()
+        spans = Spans(marks, scopes.list)
         result.passes = [Pass("clean", _generate_ns(spans), spans)]
         result.anatomy = found.with_calls(_calls_by_path(spans))
         result.manifest["calls"] = [_call_dict(call) for call in instrument.calls]

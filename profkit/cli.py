@@ -21,9 +21,11 @@ from profkit.errors import InputError, MeasurementError, ProfkitError
 
 if TYPE_CHECKING:
     from profkit.models import Loaded
+    from profkit.run import Run
     from profkit.samples import ImageSample
 
 DEFAULT_MODEL = "tiny-llava"
+MOST_STEPS = 1_000_000
 
 
 class Command(click.Command):
@@ -88,8 +90,14 @@ def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_js
     with status:
         run, saved = _measure(name, inputs, out, profile_steps, options, status.update)
     if as_json:
-        click.echo(json.dumps(text.as_dict(run, saved), indent=1, ensure_ascii=False, allow_nan=False))
-        return
+        click.echo(json.dumps(text.as_dict(run, saved), indent=1, allow_nan=False))
+    else:
+        _print_report(run, saved)
+    if failed := text.failed_checks(run):
+        raise MeasurementError(f"The run is saved, but these checks failed: {'; '.join(failed)}.")
+
+
+def _print_report(run: Run, saved: Path) -> None:
     console = Console(highlight=False)
     for part in text.report(run):
         console.print(part)
@@ -153,13 +161,13 @@ def _sample(loaded: Loaded, inputs: Sequence[str], options: dict[str, Any]) -> I
     from profkit import samples
 
     if loaded.generate_kwargs is not None:
-        if inputs or options["prompt"]:
+        if inputs or options["prompt"] is not None:
             raise InputError(f"{loaded.name} brings its own generate_kwargs: leave INPUTS and --prompt out.")
         return None
     images = [Path(one) for one in inputs] or [samples.default_image()]
     for image in images:
         samples.read_image(image)
-    prompt = options["prompt"] or samples.DEFAULT_PROMPT
+    prompt = samples.DEFAULT_PROMPT if options["prompt"] is None else options["prompt"]
     return samples.ImageSample(images, prompt, loaded.processor, loaded.model, options["max_new_tokens"])
 
 
@@ -181,7 +189,10 @@ def parse_steps(steps: str) -> frozenset[int]:
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if match is None or (match[2] and int(match[2]) < int(match[1])):
             raise InputError(f"--profile-steps {steps!r} is not a list of steps such as 0-4,10.")
-        chosen.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last > MOST_STEPS:
+            raise InputError(f"--profile-steps {steps!r} reaches beyond step {MOST_STEPS}.")
+        chosen.update(range(first, last + 1))
     return frozenset(chosen)
 
 

@@ -130,6 +130,9 @@ class Instrument:
             # Somebody may have wrapped the probe since: then it stays, inactive, inside their wrapper.
             if module.__dict__.get(name) is not probe:
                 continue
+            # Two profiles may end in the order they began: what was under this probe may be off by now.
+            while (below := getattr(original, "__profkit__", None)) and not below[0]._active:
+                original = below[1]
             if original is None:
                 del module.__dict__[name]
             else:
@@ -139,7 +142,9 @@ class Instrument:
         make = {"decoder": self._decoder_probe, "generate": self._generate_probe, "prepare": self._prepare_probe}
         bound = getattr(module, name)
         probe = make.get(scope.kind, self._plain_probe)(bound, self._ledger.scopes.number(scope))
-        self._probes.append((module, name, probe, module.__dict__.get(name)))
+        original = module.__dict__.get(name)
+        probe.__profkit__ = (self, original)  # type: ignore[attr-defined]
+        self._probes.append((module, name, probe, original))
         module.__dict__[name] = probe
 
     # generate() inspects the signatures of methods that it calls: functools.wraps() keeps them.
@@ -201,7 +206,7 @@ class Instrument:
             output = None
             index = mark(code)
             try:
-                self._note(index, lambda: Call(prompt_of(args, kwargs), None).prompt_tokens)
+                self._note(index, lambda: tokens_to_read(args, kwargs))
                 output = bound(*args, **kwargs)
                 return output
             finally:
@@ -305,6 +310,13 @@ def prompt_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor 
         if isinstance(value, torch.Tensor) and value.dim() == (3 if value.is_floating_point() else 2):
             return value.detach()
     return None
+
+
+def tokens_to_read(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Return how many tokens of the prompt the decoder has yet to read: those not in a cache that is given."""
+    cache: Any = kwargs.get("past_key_values")
+    cached = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    return max(Call(prompt_of(args, kwargs), None).prompt_tokens - cached, 0)
 
 
 def sequences(output: Any) -> torch.Tensor | None:

@@ -65,7 +65,7 @@ class Run:
         """Return the passes of a kind: control, clean or profiled."""
         return [one for one in self.passes if one.kind == kind]
 
-    @cached_property
+    @property
     def clean(self) -> list[Spans]:
         """The clean passes' spans, in the order they were made."""
         return [one.spans for one in self.of_kind("clean") if one.spans is not None]
@@ -171,6 +171,8 @@ def load(path: str | os.PathLike[str]) -> Run:
 
 def check_target(path: Path, force: bool) -> None:
     """Raise InputError if a run cannot be written to `path`; better asked before measuring than after."""
+    if len(path.name) > 200:
+        raise InputError(f"The name of {path} is too long for a directory: choose another --out.")
     if path.exists() and not force:
         raise InputError(f"{path} already exists: choose another --out, or --force to replace it.")
     if path.exists() and not (path / "run.json").is_file():
@@ -196,9 +198,13 @@ def write_directory(path: Path, fill: Callable[[Path], None], force: bool = Fals
         fill(folder)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-            path.rename(old / "run")
-            folder.rename(path)
-            shutil.rmtree(old)
+            try:
+                path.rename(old / "run")
+                folder.rename(path)
+            finally:
+                if not path.exists():
+                    (old / "run").rename(path)
+                shutil.rmtree(old)
         else:
             folder.rename(path)
     except OSError as error:
@@ -243,8 +249,12 @@ def _write(run: Run, folder: Path) -> None:
         run.breakdown().to_csv(folder / "breakdown.csv", float_format="%.6f")
     if run.operators is not None:
         _parquet(run.operators, folder / "operators.parquet")
+    earlier = run.path / "trace.json.gz" if run.path is not None else None
     if run.trace_json is not None:
         chrome.write(folder / "trace.json.gz", run.trace_json)
+    elif earlier is not None and earlier.exists():
+        shutil.copyfile(earlier, folder / "trace.json.gz")
+    if (folder / "trace.json.gz").exists():
         board = folder / "tensorboard"
         board.mkdir()
         when_ms = int(run.manifest.get("started_unix_ms", 0))

@@ -58,7 +58,7 @@ class ImageSample:
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of each file and of the prompt."""
-        files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.images}
+        files = {f"file:{path}": hashlib.sha256(path.read_bytes()).hexdigest() for path in self.images}
         return {**files, "prompt": hashlib.sha256(self.prompt.encode()).hexdigest()}
 
     def _check_room(self, prompt_tokens: int) -> None:

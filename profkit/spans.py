@@ -165,7 +165,8 @@ class Spans:
         """Return which steps read the prompt: the first, and those after it until the prompt is consumed."""
         if not len(loop):
             return np.zeros(0, dtype=bool)
-        known = np.maximum(tokens, 0)
+        # A pass that does not tell its tokens is taken to read the whole prompt.
+        known = np.where(tokens < 0, np.int64(1 << 40), tokens)
         read_before = np.cumsum(known) - known
         first_row = np.searchsorted(loop, loop)
         prompt_tokens = self.marks.note[self.begin[loop]]

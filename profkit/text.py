@@ -117,6 +117,18 @@ def check_lines(run: Run) -> Iterator[str]:
         yield f"[yellow]note: {escape(note)}[/yellow]"
 
 
+def failed_checks(run: Run) -> list[str]:
+    """Return a sentence for each check that the run failed."""
+    checks = run.manifest.get("checks", {})
+    failed = []
+    if checks.get("same_tokens") is False:
+        failed.append("tokens with and without the instrument differ")
+    verdict = str(checks.get("trace", "passed"))
+    if verdict != "passed" and not verdict.startswith("not checked"):
+        failed.append(f"torch's trace validator: {verdict}")
+    return failed
+
+
 def as_dict(run: Run, path: Path | None = None) -> dict[str, Any]:
     """Return what the terminal report shows, as plain values; unknown numbers are null."""
     return plain(

@@ -79,7 +79,7 @@ def test_images_and_prompts_of_the_users_own(tmp_path):
     status, out, _ = invoke("trace", "--model", "tiny-llava", "red.png", "--prompt", "Which colour?", *QUICK, "--json")
     assert status == 0
     manifest = json.loads((tmp_path / json.loads(out)["path"] / "run.json").read_text())
-    assert set(manifest["inputs"]) == {"red.png", "prompt"}
+    assert set(manifest["inputs"]) == {"file:red.png", "prompt"}
 
 
 def test_a_checkpoint_directory(tmp_path):
@@ -148,6 +148,8 @@ def out_of_memory():
         (["--profile-steps", "50"], 1, "None of the steps to profile (50) ran"),
         (["--out", "folder"], 2, "folder already exists"),
         (["--out", "notes.txt/run"], 2, "Cannot write notes.txt/run"),
+        (["--profile-steps", "0-999999999"], 2, "reaches beyond step 1000000"),
+        (["--out", "x" * 300], 2, "is too long for a directory"),
         (["--repeat", "0"], 2, "Invalid value for '--repeat'"),
         (["--granularity", "atom"], 2, "'atom' is not one of"),
     ],
@@ -167,6 +169,27 @@ def test_a_mistake_is_one_sentence(tmp_path, arguments, status, words):
     assert "Traceback" not in err
     assert out == ""
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def fickle():
+    """A model whose tokens differ from call to call."""
+    model, kwargs = small_llava()
+    plain, count = model.generate, iter(range(100))
+
+    def generate(**kwargs):
+        tokens = plain(**kwargs)
+        tokens[0, -1] = next(count)
+        return tokens
+
+    model.generate = generate
+    return model, kwargs
+
+
+def test_a_failed_check_is_exit_status_1(tmp_path):
+    status, out, err = invoke("trace", "test_cli:fickle", *QUICK, "--no-profile")
+    assert status == 1
+    assert "tokens with and without the instrument: DIFFERENT" in out
+    assert "these checks failed: tokens with and without the instrument differ" in err
 
 
 def test_debug_shows_the_traceback():

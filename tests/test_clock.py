@@ -59,3 +59,18 @@ def test_device_times_of_a_run_sum_exactly(monkeypatch):
 
 def test_the_processor_has_no_device_clock():
     assert DeviceClock.of(torch.device("cpu")) is None
+
+
+def test_a_device_that_cannot_be_read_does_not_hide_the_programs_error(monkeypatch):
+    def broken() -> None:
+        raise RuntimeError("device-side assert")
+
+    clock = DeviceClock(FakeEvent, broken)
+    monkeypatch.setattr(capture.DeviceClock, "of", classmethod(lambda cls, device: clock))
+    model, kwargs = small_llava()
+    with pytest.raises(KeyError), profkit.profile(model) as prof:
+        model.generate(**kwargs)
+        raise KeyError("the program's own")
+    assert prof.manifest["faults"] == ["device events: RuntimeError: device-side assert"]
+    assert prof.stages()["host_ms"].sum() > 0
+    assert prof.stages()["device_ms"].isna().all()

@@ -176,6 +176,18 @@ def test_profiles_nest(llava):
     assert outer.stages().loc["decode", "calls"] == inner.stages().loc["decode", "calls"] == 4
 
 
+def test_profiles_that_end_in_the_order_they_began_leave_nothing(llava):
+    model, kwargs = llava
+    before = instance_state(model)
+    first, second = profkit.profile(model), profkit.profile(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    model.generate(**kwargs)
+    second.__exit__(None, None, None)
+    assert instance_state(model) == before
+
+
 def test_generate_in_a_thread_and_two_at_once(llava):
     """A streamer's generate() runs in a thread of its own."""
     model, kwargs = llava
@@ -259,3 +271,30 @@ def test_other_ways_of_decoding(llava, options, decode_steps, new_tokens, batch)
     assert (~prefill).sum() == decode_steps or decode_steps is None
     assert prof.latency().new_tokens == new_tokens
     assert prof.latency().batch == batch
+
+
+def test_a_continued_conversation_reads_only_what_is_new(llava):
+    model, kwargs = llava
+    first = model.generate(**kwargs, return_dict_in_generate=True)
+    ids = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], dim=1)
+    with profkit.profile(model) as prof:
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=first.past_key_values,
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+        )
+    assert prof.steps()["phase"].tolist() == ["prefill", "decode", "decode", "decode"]
+    assert prof.steps()["tokens"].tolist() == [4, 1, 1, 1]  # the last token was never read, and three are new
+    assert prof.latency().new_tokens == 4
+
+
+def test_tables_asked_for_too_early_are_there_later(llava):
+    model, kwargs = llava
+    with profkit.profile(model) as prof:
+        with pytest.raises(InputError, match="no finished clean pass"):
+            prof.stages()
+        model.generate(**kwargs)
+    assert len(prof.stages())

@@ -38,6 +38,15 @@ def test_what_is_not_a_run_is_refused(tmp_path, saved):
         profkit.load(saved)
 
 
+def test_a_loaded_run_saves_whole(tmp_path):
+    model, kwargs = small_llava()
+    profkit.trace(model, kwargs, out=tmp_path / "a", warmup=0, repeat=1)
+    profkit.load(tmp_path / "a").save(tmp_path / "b")
+    names = [sorted(str(file.relative_to(tmp_path / run)) for file in (tmp_path / run).rglob("*")) for run in "ab"]
+    assert names[0] == names[1]
+    assert (tmp_path / "a" / "trace.json.gz").read_bytes() == (tmp_path / "b" / "trace.json.gz").read_bytes()
+
+
 def test_a_run_is_replaced_only_by_force(saved):
     model, kwargs = small_llava()
     before = (saved / "run.json").read_text()
