@@ -10,14 +10,13 @@ class Group:
     """One of the four stages of the classic split: load, preprocess, vision, language model."""
 
     number: int
-    name: str
     title: str
 
 
-LOAD = Group(1, "load", "Load")
-PREPROCESS = Group(2, "preprocess", "Preprocess")
-ENCODE = Group(3, "encode", "Vision encoding")
-LLM = Group(4, "llm", "LLM")
+LOAD = Group(1, "Load")
+PREPROCESS = Group(2, "Preprocess")
+ENCODE = Group(3, "Vision encoding")
+LLM = Group(4, "LLM")
 
 GROUPS = (LOAD, PREPROCESS, ENCODE, LLM)
 
@@ -29,24 +28,23 @@ class Stage:
     name: str
     group: Group
     meaning: str
-    colour: str
 
 
 STAGES = (
-    Stage("load", LOAD, "reading and decoding the input files", "#8c8c8c"),
-    Stage("preprocess", PREPROCESS, "the processor: resize, normalise, tokenise", "#b39b6b"),
-    Stage("transfer", PREPROCESS, "moving the inputs from host to device", "#9c755f"),
-    Stage("vision", ENCODE, "the vision tower", "#4e79a7"),
-    Stage("audio", ENCODE, "the audio tower", "#76b7b2"),
-    Stage("projector", ENCODE, "the connector between tower and language model", "#a0cbe8"),
-    Stage("merge", ENCODE, "feature packing, pooling and splicing outside modules", "#86bcb6"),
-    Stage("setup", LLM, "generate()'s own preparation and the inputs of each step", "#d4a6c8"),
-    Stage("embed", LLM, "the token embedding", "#f1ce63"),
-    Stage("prefill", LLM, "the decoder stack over the prompt", "#e15759"),
-    Stage("decode", LLM, "the decoder stack, one pass for each further step", "#f28e2b"),
-    Stage("head", LLM, "the language-model head", "#ffbe7d"),
-    Stage("select", LLM, "logits processing, sampling and stopping", "#59a14f"),
-    Stage("other", LLM, "the rest: what no scope explains", "#bab0ac"),
+    Stage("load", LOAD, "reading and decoding the input files"),
+    Stage("preprocess", PREPROCESS, "the processor: resize, normalise, tokenise"),
+    Stage("transfer", PREPROCESS, "moving the inputs from host to device"),
+    Stage("vision", ENCODE, "the vision tower"),
+    Stage("audio", ENCODE, "the audio tower"),
+    Stage("projector", ENCODE, "the connector between tower and language model"),
+    Stage("merge", ENCODE, "feature packing, pooling and splicing outside modules"),
+    Stage("setup", LLM, "generate()'s own preparation and the inputs of each step"),
+    Stage("embed", LLM, "the token embedding"),
+    Stage("prefill", LLM, "the decoder stack over the prompt"),
+    Stage("decode", LLM, "the decoder stack, one pass for each further step"),
+    Stage("head", LLM, "the language-model head"),
+    Stage("select", LLM, "logits processing, sampling and stopping"),
+    Stage("other", LLM, "the rest: what no scope explains"),
 )
 
 NAMES = tuple(stage.name for stage in STAGES)
