@@ -13,13 +13,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from profkit.capture import inspect, profile, trace
+    from profkit.capture import profile, trace
+    from profkit.inspection import inspect
     from profkit.run import Run, load
 
 __version__ = "0.1.0"
 __all__ = ["Run", "inspect", "load", "profile", "trace"]
 
-_HOMES = {"inspect": "capture", "profile": "capture", "trace": "capture", "load": "run", "Run": "run"}
+_HOMES = {"inspect": "inspection", "profile": "capture", "trace": "capture", "load": "run", "Run": "run"}
 
 
 def __getattr__(name: str) -> Any:

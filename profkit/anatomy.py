@@ -1,38 +1,73 @@
-"""Where the parts of a model are, and how each was found.
+"""The anatomy of a model: which part is where, how it was found, how often it ran; and the words of module trees.
 
-This reads the module tree alone (accessors and structure) and needs no torch. It knows the classic
-shape: towers beside a decoder under one parent, what else stands there being the projector.
+Nothing here imports torch: modules are told apart by what they hold and by the names of their classes' bases.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from profkit.errors import AnatomyError
+ROLES = (
+    "vision_tower",
+    "audio_tower",
+    "projector",
+    "encoder",
+    "decoder",
+    "decoder_layers",
+    "norm",
+    "embed",
+    "lm_head",
+)
 
-ROLES = ("vision_tower", "audio_tower", "projector", "decoder", "decoder_layers", "norm", "embed", "lm_head")
+
+@dataclass(frozen=True)
+class Calls:
+    """How often a module ran in one generate(): before the first forward, in prefill steps, in decode steps."""
+
+    before: int = 0
+    prefill: int = 0
+    decode: int = 0
+
+    @property
+    def total(self) -> int:
+        """All calls."""
+        return self.before + self.prefill + self.decode
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a model. `fired` counts its calls in one generate(), None if that was not observed."""
+    """A part of a model.
+
+    `found_by` says how: accessor, structure, probe, user. `calls` is None if no generate() was watched. `through`
+    are the modules inside that are called in its stead, where its own forward is bypassed or it is a list.
+    """
 
     role: str
     path: str
     class_name: str
     found_by: str
-    fired: int | None = None
+    calls: Calls | None = None
+    through: tuple[str, ...] = ()
+
+    @property
+    def fired(self) -> int | None:
+        """How often it ran in one generate(), None if that was not observed."""
+        return None if self.calls is None else self.calls.total
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of a model, in ROLES' order; `notes` says what is ambiguous or never fired."""
+    """The parts of a model, in ROLES' order.
+
+    `ambiguities` are the choices that were made; `features` counts the calls of each get_*_features().
+    """
 
     model_class: str
     parts: tuple[Part, ...]
-    notes: tuple[str, ...] = field(default=())
+    ambiguities: tuple[str, ...] = ()
+    features: Mapping[str, int] = field(default_factory=dict)
 
     def paths(self, role: str) -> list[str]:
         """Return the paths of the parts with a role, often none or one."""
@@ -41,6 +76,17 @@ class Anatomy:
     def path(self, role: str) -> str | None:
         """Return the path of the first part with a role, or None."""
         return next(iter(self.paths(role)), None)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know: choices among candidates, parts that never fired, parts that are bypassed."""
+        silent = [f"{part.role} {part.path} never fired during generate()." for part in self.parts if part.fired == 0]
+        bypassed = [
+            f"{part.role} {part.path}: its own forward is bypassed; what runs is {_shortened(part.through)}."
+            for part in self.parts
+            if part.through and part.class_name != "ModuleList"
+        ]
+        return (*self.ambiguities, *silent, *bypassed)
 
     def to_dict(self) -> dict[str, Any]:
         """Return role → path or paths: vision_towers, audio_towers, projectors, decoder_layers, embed, lm_head."""
@@ -53,63 +99,47 @@ class Anatomy:
             "lm_head": self.path("lm_head"),
         }
 
-    def with_calls(self, calls: dict[str, int]) -> Anatomy:
-        """Return a copy with each part's `fired` taken from calls per path; silent parts are noted.
+    def with_calls(self, calls: Mapping[str, Calls]) -> Anatomy:
+        """Return a copy with each part's calls taken from calls per path; parts missing there were not observed."""
+        return replace(self, parts=tuple(replace(part, calls=_calls_of(part, calls)) for part in self.parts))
 
-        Parts that are missing in `calls` were not observed. A module list is never called itself, so it
-        counts as its first layer.
-        """
+    def to_record(self) -> dict[str, Any]:
+        """Return everything as plain values; from_record() reads it."""
+        return asdict(self)
 
-        def fired(part: Part) -> int | None:
-            return calls.get(f"{part.path}.0" if part.role == "decoder_layers" else part.path)
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Anatomy:
+        """Return the anatomy that to_record() gave."""
 
-        parts = tuple(replace(part, fired=fired(part)) for part in self.parts)
-        silent = tuple(f"{part.role} {part.path} never fired during generate()." for part in parts if part.fired == 0)
-        return replace(self, parts=parts, notes=self.notes + silent)
+        def part(values: Mapping[str, Any]) -> Part:
+            calls = Calls(**values["calls"]) if values["calls"] else None
+            return Part(**{**values, "calls": calls, "through": tuple(values["through"])})
+
+        parts = tuple(part(one) for one in record["parts"])
+        return cls(record["model_class"], parts, tuple(record["ambiguities"]), dict(record["features"]))
 
 
-def find(model: Any) -> Anatomy:
-    """Return the anatomy of a model from its module tree, without running it.
+def _calls_of(part: Part, calls: Mapping[str, Calls]) -> Calls | None:
+    """Return a part's calls; those of the module in it that ran most, where it is not called itself."""
+    seen = [calls[path] for path in part.through or (part.path,) if path in calls]
+    return max(seen, key=lambda one: one.total, default=None)
 
-    Raises AnatomyError if it has no generate() or no decoder layers can be found.
-    """
-    name = type(model).__name__
-    if not callable(getattr(model, "generate", None)):
-        raise AnatomyError(f"{name} has no generate(): profkit measures generate() of models that have one.")
-    modules = dict(model.named_modules())
-    path_of = {id(module): path for path, module in modules.items()}
-    layer_lists = [path for path, module in modules.items() if is_layer_list(module)]
-    decoder_path, found_by = _decoder(model, modules, path_of, layer_lists)
-    layers = next(path for path in layer_lists if _parent(path) == decoder_path)
-    embed = _accessor(model, "get_input_embeddings", path_of)
-    head = _accessor(model, "get_output_embeddings", path_of)
-    towers = [(role, path, "structure") for role, path in _towers(modules, layer_lists, decoder_path)]
-    projectors = _projectors(modules, [path for _, path, _ in towers], decoder_path, embed, head)
-    norm = _final_norm(modules[decoder_path], decoder_path)
-    found = [
-        *towers,
-        *(("projector", path, "structure") for path in projectors),
-        ("decoder", decoder_path, found_by),
-        ("decoder_layers", layers, "structure"),
-        ("norm", norm, "structure"),
-        ("embed", embed, "get_input_embeddings()"),
-        ("lm_head", head, "get_output_embeddings()"),
-    ]
-    parts = [Part(role, path, type(modules[path]).__name__, how) for role, path, how in found if path is not None]
-    return Anatomy(name, tuple(sorted(parts, key=lambda part: ROLES.index(part.role))))
+
+def _shortened(paths: tuple[str, ...]) -> str:
+    return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def is_layer_list(module: Any) -> bool:
     """Tell whether a module is a list of transformer layers."""
     if type(module).__name__ != "ModuleList" or not len(module):
         return False
-    return all(_derives_from(layer, "GradientCheckpointingLayer") for layer in module)
+    return all(derives_from(layer, "GradientCheckpointingLayer") for layer in module)
 
 
 def ancestors(path: str) -> Iterable[str]:
     """Yield the paths above a module, nearest first, the root ("") last."""
     while path:
-        path = _parent(path)
+        path = parent(path)
         yield path
 
 
@@ -118,73 +148,30 @@ def within(path: str, outer: str) -> bool:
     return path == outer or outer == "" or path.startswith(outer + ".")
 
 
-def _parent(path: str) -> str:
+def parent(path: str) -> str:
+    """Return the path of the module that holds this one; the root's is its own, ""."""
     return path.rpartition(".")[0]
 
 
-def _derives_from(module: Any, class_name: str) -> bool:
+def outermost(paths: Iterable[str]) -> list[str]:
+    """Return those paths that lie in no other of them, in their order."""
+    kept: list[str] = []
+    for path in paths:
+        if not any(within(path, other) for other in kept):
+            kept = [other for other in kept if not within(other, path)] + [path]
+    return kept
+
+
+def derives_from(module: Any, class_name: str) -> bool:
+    """Tell whether a class of this name is among a module's classes; no library need be imported for it."""
     return any(base.__name__ == class_name for base in type(module).__mro__)
 
 
-def _accessor(model: Any, name: str, path_of: dict[int, str]) -> str | None:
-    try:
-        return path_of.get(id(getattr(model, name)()))
-    except (AttributeError, NotImplementedError, TypeError):
-        return None
+def has_weights(module: Any) -> bool:
+    """Tell whether a module or one in it holds parameters."""
+    return next(iter(module.parameters()), None) is not None
 
 
-def _decoder(model: Any, modules: dict[str, Any], path_of: dict[int, str], layer_lists: list[str]) -> tuple[str, str]:
-    """Return the module that holds the decoder's layers, and how it was found."""
-    owners = {_parent(path) for path in layer_lists}
-    named = _accessor(model, "get_decoder", path_of)
-    inside = [owner for owner in owners if named is not None and within(owner, named)]
-    if named in owners:
-        return str(named), "get_decoder()"
-    if len(inside) == 1:
-        return inside[0], "get_decoder(), structure"
-    embed = _accessor(model, "get_input_embeddings", path_of)
-    for above in ancestors(embed) if embed else ():
-        inside = [owner for owner in owners if within(owner, above)]
-        if len(inside) == 1:
-            return inside[0], "structure"
-    raise AnatomyError(
-        f"No decoder layers found in {type(model).__name__} (tried get_decoder(), GradientCheckpointingLayer "
-        "lists and the token embedding's surroundings)."
-    )
-
-
-def _towers(modules: dict[str, Any], layer_lists: list[str], decoder_path: str) -> list[tuple[str, str]]:
-    """Return (role, path) of each encoder: the outermost model around other layers, not around the decoder."""
-    towers: dict[str, str] = {}
-    for path in layer_lists:
-        around = [above for above in ancestors(path) if above and not within(decoder_path, above)]
-        models = [above for above in around if _derives_from(modules[above], "PreTrainedModel")]
-        if models and not within(path, decoder_path):
-            towers[models[-1]] = "audio_tower" if _hears(modules[models[-1]]) else "vision_tower"
-    return [(role, path) for path, role in towers.items()]
-
-
-def _hears(tower: Any) -> bool:
-    """Tell audio from vision by what the tower says it takes."""
-    return str(getattr(tower, "main_input_name", "")) in ("input_features", "input_values")
-
-
-def _projectors(
-    modules: dict[str, Any], towers: list[str], decoder_path: str, embed: str | None, head: str | None
-) -> list[str]:
-    """Return the modules with weights that stand beside a tower and are neither decoder, embedding nor head."""
-    known = [path for path in (*towers, decoder_path, embed, head) if path]
-    found: list[str] = []
-    for home in dict.fromkeys(_parent(tower) for tower in towers):
-        for name, child in modules[home].named_children():
-            path = f"{home}.{name}" if home else name
-            related = any(within(path, other) or within(other, path) for other in known)
-            if not related and next(iter(child.parameters()), None) is not None:
-                found.append(path)
-    return found
-
-
-def _final_norm(decoder: Any, decoder_path: str) -> str | None:
-    """Return the last norm that is the decoder's direct child, if it has one."""
-    norms = [name for name, child in decoder.named_children() if "norm" in type(child).__name__.lower()]
-    return f"{decoder_path}.{norms[-1]}" if norms and decoder_path else (norms[-1] if norms else None)
+def is_norm(module: Any) -> bool:
+    """Tell whether a module only scales and shifts: it has weights, and none of more than one dimension."""
+    return has_weights(module) and all(weight.dim() <= 1 for weight in module.parameters())

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect as signatures
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import nn
 
-from profkit import anatomy as anatomies
-from profkit import attribution, chrome, environment, kineto, tables, tracks
+from profkit import attribution, chrome, environment, inspection, kineto, structure, tables, tracks
 from profkit import run as runs
-from profkit.anatomy import Anatomy
+from profkit.anatomy import Anatomy, Calls
 from profkit.clock import DeviceClock
 from profkit.environment import device_of, preserved_random_state, random_state, restore_random_state
 from profkit.errors import InputError, MeasurementError, ProfkitError
@@ -27,6 +28,7 @@ from profkit.ledger import Ledger, Marks, Scope, Scopes
 from profkit.probes import GRANULARITIES, Call, Granularity, Instrument, sequences
 from profkit.run import Pass, Run
 from profkit.spans import Spans
+from profkit.wrapping import Wrappers
 
 SAMPLE = Scope("sample", "sample")
 INPUT_STAGES = ("load", "preprocess", "transfer")
@@ -69,21 +71,6 @@ class Plan:
             raise InputError(f"warmup is {self.warmup}: it cannot be negative.")
 
 
-def inspect(model: nn.Module, **generate_kwargs: Any) -> Anatomy:
-    """Return where the parts of a model are and how each was found.
-
-    With `generate_kwargs` the model is run for two new tokens, and each part says how often it fired.
-
-    Raises AnatomyError if the model has no generate() or no decoder.
-    """
-    found = anatomies.find(model)
-    if not generate_kwargs:
-        return found
-    with profile(model, granularity="layer", anatomy=found) as prof, preserved_random_state():
-        model.generate(**{**generate_kwargs, "max_new_tokens": 2, "min_new_tokens": 2})  # type: ignore[operator]
-    return prof.anatomy
-
-
 @contextmanager
 def profile(model: nn.Module, *, granularity: Granularity = "layer", anatomy: Anatomy | None = None) -> Iterator[Run]:
     """Measure every generate() in the body with probes and device events alone; the value is a Run.
@@ -91,15 +78,18 @@ def profile(model: nn.Module, *, granularity: Granularity = "layer", anatomy: An
     `granularity` is "stage", "layer" (also decoder and tower layers, attention, MLP) or "module".
     The Run's tables are there once the body is left. An exception in the body propagates unchanged, and
     what was measured until then is kept; probes come off in every case.
+
+    Without `anatomy` the parts are found as inspect() finds them: ahead of the first model.generate() in the body,
+    with its arguments, in a short run of its own that is not measured.
     """
-    found = anatomy or anatomies.find(model)
+    found = anatomy or structure.find(model)
     scopes = Scopes()
     ledger = Ledger(scopes)
     result = Run(environment.describe(model), found, scopes.list, [])
     clock = DeviceClock.of(device_of(model))
     instrument = Instrument(model, found, ledger, granularity, clock)
     try:
-        with instrument:
+        with instrument, nullcontext() if anatomy else _finding_parts(model, instrument):
             yield result
     finally:
         # This runs while the body's exception, if any, is on its way: nothing here may take its place.
@@ -110,10 +100,36 @@ def profile(model: nn.Module, *, granularity: Granularity = "layer", anatomy: An
             marks = ledger.marks()
         spans = Spans(marks, scopes.list)
         result.passes = [Pass("clean", _generate_ns(spans), spans)]
-        result.anatomy = found.with_calls(_calls_by_path(spans))
+        result.anatomy = instrument.anatomy.with_calls(_calls_by_path(spans))
         result.manifest["calls"] = [_call_dict(call) for call in instrument.calls]
         result.manifest["faults"] = ledger.faults
         result.manifest["checks"] = {"repaired": vars(spans.repair)}
+
+
+@contextmanager
+def _finding_parts(model: nn.Module, instrument: Instrument) -> Iterator[None]:
+    """Ahead of the first model.generate(), look for the parts with its arguments, and probe those from then on."""
+    wrappers, searching = Wrappers(), threading.Lock()
+    bound = model.generate
+
+    @functools.wraps(bound)  # type: ignore[arg-type]
+    def first_generate(*args: Any, **kwargs: Any) -> Any:
+        with searching:
+            if wrappers.active:
+                wrappers.remove()
+                try:
+                    named = signatures.signature(bound).bind_partial(*args).arguments  # type: ignore[arg-type]
+                    instrument.replan(inspection.anatomy_for(model, {**named, **kwargs}))
+                except Exception as error:
+                    instrument.ledger.fault(error, "parts are known by structure alone")
+        return bound(*args, **kwargs)  # type: ignore[operator]
+
+    wrappers.put(model, "generate", first_generate)
+    wrappers.active = True
+    try:
+        yield
+    finally:
+        wrappers.remove()
 
 
 def trace(
@@ -162,7 +178,8 @@ class _Tracing:
         self, model: nn.Module, sample: Sample | None, kwargs: dict[str, Any], anatomy: Anatomy | None, plan: Plan
     ) -> None:
         self.model, self.sample, self.kwargs, self.plan = model, sample, kwargs, plan
-        self.anatomy = anatomy or anatomies.find(model)
+        self.anatomy = anatomy or structure.find(model)
+        self.parts_are_known = anatomy is not None
         self.device = device_of(model)
         self.clock = DeviceClock.of(self.device)
         self.scopes = Scopes([SAMPLE, *(Scope(f"{name}()", "input", name) for name in INPUT_STAGES)])
@@ -173,6 +190,9 @@ class _Tracing:
 
     def run(self, manifest: dict[str, Any]) -> Run:
         started_ms = int(time.time() * 1000)
+        if not self.parts_are_known:
+            self.plan.progress("finding the parts")
+            self._find_parts()
         for number in range(self.plan.warmup):
             self.plan.progress(f"warm-up {number + 1} of {self.plan.warmup}")
             self.control()
@@ -186,14 +206,15 @@ class _Tracing:
         checks: dict[str, Any] = {"sums": "exact", "repaired": vars(clean[0].repair)}
         for spans in clean:
             spans.check()
+        inputs = {} if self.sample is not None else environment.hashes(self.kwargs)
+        about = {**environment.describe(self.model), "started_unix_ms": started_ms, "inputs": inputs}
         result = Run(
-            {**environment.describe(self.model), "started_unix_ms": started_ms, **manifest, "plan": self._plan_dict()},
+            {**about, **manifest, "plan": self._plan_dict()},
             self.anatomy.with_calls(_calls_by_path(clean[0])),
             self.scopes.list,
             passes,
         )
         if self.plan.profile:
-            self.plan.progress("profiled pass")
             self.profiled(result)
         checks["same_tokens"] = self.same_tokens()
         result.manifest["calls"] = [_call_dict(self.calls[0])]
@@ -201,6 +222,14 @@ class _Tracing:
         result.manifest["checks"] = {**result.manifest.get("checks", {}), **checks}
         result.manifest["faults"] = self.faults
         return result
+
+    def _find_parts(self) -> None:
+        kwargs = self._prepared()
+        try:
+            self.anatomy = inspection.anatomy_for(self.model, kwargs)
+        except Exception as error:
+            # If generate() itself cannot run, the passes will say so; else structure alone must do.
+            self.faults.append(f"parts are known by structure alone: {error}")
 
     def _plan_dict(self) -> dict[str, Any]:
         plan = {key: value for key, value in vars(self.plan).items() if key != "progress"}
@@ -222,6 +251,12 @@ class _Tracing:
 
     def profiled(self, result: Run) -> None:
         """generate() with probes inside torch.profiler; adds operators, trace and checks to the run."""
+        made = len(result.representative.steps)
+        if not self.plan.profile_steps & set(range(made)):
+            wanted = ", ".join(map(str, sorted(self.plan.profile_steps)))
+            self.faults.append(f"no profiled pass: of the steps to profile ({wanted}) none is among the {made} seen")
+            return
+        self.plan.progress("profiled pass")
         ledger = Ledger(self.scopes)
         session = kineto.Session(self.plan.profile_steps, self.device)
         instrument = Instrument(
@@ -231,9 +266,6 @@ class _Tracing:
             elapsed = self._instrumented(ledger, instrument, "profiled")
         spans = Spans(_marks(ledger, self.clock), self.scopes.list)
         known = tuple(sorted(self.plan.profile_steps & set(range(len(spans.steps)))))
-        if not known:
-            wanted = ", ".join(map(str, sorted(self.plan.profile_steps)))
-            raise MeasurementError(f"None of the steps to profile ({wanted}) ran: generate() made {len(spans.steps)}.")
         content = chrome.parse(session.export())
         result.passes.append(Pass("profiled", elapsed, spans, known))
         own = attribution.is_range(content.events)
@@ -336,9 +368,9 @@ def _generate_ns(spans: Spans) -> int:
     return int(spans.total_ns[outer].sum())
 
 
-def _calls_by_path(spans: Spans) -> dict[str, int]:
-    counts = np.bincount(spans.scope, minlength=len(spans.scopes)).tolist()
-    return {scope.path: count for scope, count in zip(spans.scopes, counts, strict=True)}
+def _calls_by_path(spans: Spans) -> dict[str, Calls]:
+    counts = spans.calls.tolist()
+    return {scope.path: Calls(*count) for scope, count in zip(spans.scopes, counts, strict=True)}
 
 
 def _cpu(tokens: torch.Tensor | None) -> torch.Tensor | None:

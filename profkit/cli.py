@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import traceback
 from collections.abc import Sequence
 from datetime import datetime
@@ -128,6 +129,11 @@ def _measure(
     progress(f"loading {name}")
     loaded = models.load_model(name, device, dtype, options["weights"], options["trust_remote_code"])
     sample = _sample(loaded, inputs, options)
+    if sample and options["profile"] and min(profile_steps) >= options["max_new_tokens"]:
+        raise InputError(
+            f"--profile-steps {options['profile_steps']}: {options['max_new_tokens']} new tokens take the steps 0 to "
+            f"{options['max_new_tokens'] - 1}; choose from those, or raise --max-new-tokens."
+        )
     result = capture.trace(
         loaded.model,
         loaded.generate_kwargs,
@@ -139,7 +145,7 @@ def _measure(
             "model": name,
             "weights": "random" if loaded.random_weights else "as loaded",
             "model_load_ms": loaded.load_ms,
-            "inputs": sample.hashes() if sample else {},
+            **({"inputs": sample.hashes()} if sample else {}),
         },
         profile=options["profile"],
         profile_steps=profile_steps,
@@ -206,6 +212,10 @@ def _new_directory(model: str) -> Path:
 
 def main() -> None:
     """Entry point of the `profkit` command."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show "×" shall show "?" rather than end a finished measurement.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     cli(prog_name="profkit")
 
 

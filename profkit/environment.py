@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,6 +41,20 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
+
+
+def hashes(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the SHA-256 of each of `values`: of tensors the bytes, dtype and shape; else the text or the class."""
+
+    def content(value: Any) -> bytes:
+        if not isinstance(value, torch.Tensor):
+            plain = isinstance(value, str | int | float | list | tuple | dict | None)
+            # The repr() of other objects holds their address, which differs each time.
+            return (repr(value) if plain else type(value).__qualname__).encode()
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return f"{value.dtype} {tuple(value.shape)} ".encode() + raw
+
+    return {name: hashlib.sha256(content(value)).hexdigest() for name, value in values.items()}
 
 
 def device_name(device: torch.device) -> str:

@@ -18,7 +18,7 @@ import transformers
 from torch import nn
 
 from profkit import processors
-from profkit.errors import InputError
+from profkit.errors import InputError, ProfkitError
 
 WEIGHTS_SEED = 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -147,7 +147,12 @@ def _from_function(spec: str, device: torch.device, dtype: torch.dtype | None) -
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"Cannot import {spec}: {error}; it must be package.module:function.") from error
-    result = function()
+    try:
+        result = function()
+    except ProfkitError:
+        raise
+    except Exception as error:
+        raise InputError(f"{spec} itself failed: {type(error).__name__}: {error}") from error
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], nn.Module)):
         raise InputError(f"{spec} must return (model, generate_kwargs) or (model, processor), got {_kind(result)}.")
     model, second = result

@@ -15,12 +15,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from profkit.anatomy import Anatomy, ancestors, is_layer_list, within
 from profkit.clock import DeviceClock
 from profkit.errors import InputError
 from profkit.ledger import Ledger, Scope
+from profkit.wrapping import Wrappers
 
 Granularity = Literal["stage", "layer", "module"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
@@ -33,6 +34,7 @@ STAGE_OF_ROLE = {
     "vision_tower": "vision",
     "audio_tower": "audio",
     "projector": "projector",
+    "encoder": "prefill",
     "embed": "embed",
     "lm_head": "head",
 }
@@ -93,68 +95,65 @@ class Instrument:
         if granularity not in GRANULARITIES:
             raise InputError(f"Unknown granularity {granularity!r}: choose one of {', '.join(GRANULARITIES)}.")
         self.calls: list[Call] = []
+        self.anatomy = anatomy
+        self.ledger = ledger
         self._model = model
-        self._anatomy = anatomy
-        self._ledger = ledger
         self._granularity = granularity
         self._clock = clock
         marker = ledger.marker(clock.record if clock else None)
         self._mark = wrap_marker(marker) if wrap_marker else marker
         self._on_iteration = on_iteration
         self._passes = self._iterations = 0
-        self._probes: list[tuple[nn.Module, str, Any, Any]] = []
-        self._active = False
+        self._entry, self._parts = Wrappers(), Wrappers()
 
     def __enter__(self) -> Instrument:
+        if self._clock:
+            self._clock.restart()
         try:
-            if self._clock:
-                self._clock.restart()
-            for module, scope in plan(self._model, self._anatomy, self._granularity):
-                self._attach(module, "forward", scope)
-            for module, name, scope in methods(self._model, self._anatomy):
-                self._attach(module, name, scope)
+            self._attach(self._entry, self._model, "generate", Scope("generate()", "generate"))
+            self._entry.active = True
+            self._attach_parts()
         except BaseException:
             self.remove()
             raise
-        self._active = True
         return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    def replan(self, anatomy: Anatomy) -> None:
+        """Probe the parts of another anatomy from now on; the probe of generate() itself stays where it is."""
+        self._parts.remove()
+        self.anatomy = anatomy
+        self._attach_parts()
+
     def remove(self) -> None:
         """Take off every probe that this instrument put on, and nothing else."""
-        self._active = False
-        while self._probes:
-            module, name, probe, original = self._probes.pop()
-            # Somebody may have wrapped the probe since: then it stays, inactive, inside their wrapper.
-            if module.__dict__.get(name) is not probe:
-                continue
-            # Two profiles may end in the order they began: what was under this probe may be off by now.
-            while (below := getattr(original, "__profkit__", None)) and not below[0]._active:
-                original = below[1]
-            if original is None:
-                del module.__dict__[name]
-            else:
-                module.__dict__[name] = original
+        self._parts.remove()
+        self._entry.remove()
 
-    def _attach(self, module: nn.Module, name: str, scope: Scope) -> None:
+    def _attach_parts(self) -> None:
+        self._parts = Wrappers()
+        for module, scope in plan(self._model, self.anatomy, self._granularity):
+            self._attach(self._parts, module, "forward", scope)
+        for module, name, scope in methods(self._model, self.anatomy):
+            if module is not self._model or name != "generate":
+                self._attach(self._parts, module, name, scope)
+        self._parts.active = True
+
+    def _attach(self, wrappers: Wrappers, module: nn.Module, name: str, scope: Scope) -> None:
         make = {"decoder": self._decoder_probe, "generate": self._generate_probe, "prepare": self._prepare_probe}
-        bound = getattr(module, name)
-        probe = make.get(scope.kind, self._plain_probe)(bound, self._ledger.scopes.number(scope))
-        original = module.__dict__.get(name)
-        probe.__profkit__ = (self, original)  # type: ignore[attr-defined]
-        self._probes.append((module, name, probe, original))
-        module.__dict__[name] = probe
+        bound, code = getattr(module, name), self.ledger.scopes.number(scope)
+        wrappers.put(module, name, make.get(scope.kind, self._plain_probe)(bound, code, wrappers))
 
     # generate() inspects the signatures of methods that it calls: functools.wraps() keeps them.
 
-    def _plain_probe(self, bound: Method, code: int) -> Method:
+    def _plain_probe(self, bound: Method, code: int, wrappers: Wrappers) -> Method:
         mark = self._mark
 
         @functools.wraps(bound)
         def probe(*args: Any, **kwargs: Any) -> Any:
-            if not self._active or is_compiling():
+            if not wrappers.active or is_dynamo_compiling():
                 return bound(*args, **kwargs)
             mark(code)
             try:
@@ -164,25 +163,25 @@ class Instrument:
 
         return probe
 
-    def _prepare_probe(self, bound: Method, code: int) -> Method:
+    def _prepare_probe(self, bound: Method, code: int, wrappers: Wrappers) -> Method:
         """Input preparation begins an iteration."""
-        plain = self._plain_probe(bound, code)
+        plain = self._plain_probe(bound, code, wrappers)
 
         @functools.wraps(bound)
         def probe(*args: Any, **kwargs: Any) -> Any:
-            if self._active:
+            if wrappers.active:
                 self._begin_iteration()
             return plain(*args, **kwargs)
 
         return probe
 
-    def _decoder_probe(self, bound: Method, code: int) -> Method:
+    def _decoder_probe(self, bound: Method, code: int, wrappers: Wrappers) -> Method:
         """A pass of the decoder stack is a step; how many tokens it is given is noted."""
         mark = self._mark
 
         @functools.wraps(bound)
         def probe(*args: Any, **kwargs: Any) -> Any:
-            if not self._active or is_compiling():
+            if not wrappers.active or is_dynamo_compiling():
                 return bound(*args, **kwargs)
             self._begin_iteration()
             self._passes += 1
@@ -195,13 +194,13 @@ class Instrument:
 
         return probe
 
-    def _generate_probe(self, bound: Method, code: int) -> Method:
+    def _generate_probe(self, bound: Method, code: int, wrappers: Wrappers) -> Method:
         """A call of generate(): its prompt's length is noted, its sizes and tokens are kept."""
         mark = self._mark
 
         @functools.wraps(bound)
         def probe(*args: Any, **kwargs: Any) -> Any:
-            if not self._active:
+            if not wrappers.active:
                 return bound(*args, **kwargs)
             output = None
             index = mark(code)
@@ -217,9 +216,9 @@ class Instrument:
 
     def _note(self, index: int, tokens: Callable[[], int]) -> None:
         try:
-            self._ledger.note(index, tokens())
+            self.ledger.note(index, tokens())
         except Exception as error:
-            self._ledger.fault(error, "token count")
+            self.ledger.fault(error, "token count")
 
     def _begin_iteration(self) -> None:
         """Tell the profiler's window that step number `_passes` begins, once a step."""
@@ -229,13 +228,13 @@ class Instrument:
         try:
             self._on_iteration(self._passes)
         except Exception as error:
-            self._ledger.fault(error, "profiler window")
+            self.ledger.fault(error, "profiler window")
 
     def _keep_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         try:
             self.calls.append(Call(prompt_of(args, kwargs), sequences(output)))
         except Exception as error:
-            self._ledger.fault(error, "outputs of generate()")
+            self.ledger.fault(error, "outputs of generate()")
 
 
 def plan(model: nn.Module, anatomy: Anatomy, granularity: Granularity) -> Iterator[tuple[nn.Module, Scope]]:
@@ -244,10 +243,11 @@ def plan(model: nn.Module, anatomy: Anatomy, granularity: Granularity) -> Iterat
     scopes: dict[str, Scope] = {}
     for part in anatomy.parts:
         if part.role in STAGE_OF_ROLE:
-            scopes.setdefault(part.path, _scope(model, part.path, "module", STAGE_OF_ROLE[part.role]))
+            for path in (part.path, *part.through):
+                scopes.setdefault(path, _scope(model, path, "module", STAGE_OF_ROLE[part.role]))
         elif part.role in ("decoder", "norm"):
             scopes.setdefault(part.path, _scope(model, part.path, "decoder" if part.role == "decoder" else "module"))
-    for path in ancestors(anatomy.path("decoder") or ""):
+    for path in _around(anatomy):
         scopes.setdefault(path, _scope(model, path, "forward"))
     if granularity != "stage":
         for path in _layer_paths(modules, anatomy):
@@ -263,10 +263,9 @@ def plan(model: nn.Module, anatomy: Anatomy, granularity: Granularity) -> Iterat
 
 
 def methods(model: nn.Module, anatomy: Anatomy) -> Iterator[tuple[nn.Module, str, Scope]]:
-    """Yield (module, method name, scope) for the methods to probe, on every module around the decoder."""
+    """Yield (module, method name, scope) for the methods to probe, on every module around the parts."""
     modules = dict(model.named_modules())
-    decoder = anatomy.path("decoder") or ""
-    for path in dict.fromkeys((*ancestors(decoder), "")):
+    for path in dict.fromkeys((*_around(anatomy), "")):
         module = modules[path]
         for name in dir(type(module)):
             if name in ("generate", "prepare_inputs_for_generation"):
@@ -279,6 +278,15 @@ def methods(model: nn.Module, anatomy: Anatomy) -> Iterator[tuple[nn.Module, str
                 yield module, name, Scope(f"{path}.{name}()".lstrip("."), kind, stage)
 
 
+def _around(anatomy: Anatomy) -> Iterator[str]:
+    """Yield the modules around the decoder, then those around the other parts, each part's own insides aside."""
+    yield from ancestors(anatomy.path("decoder") or "")
+    inside = [part.path for part in anatomy.parts if part.role in (*STAGE_OF_ROLE, "decoder")]
+    for part in anatomy.parts:
+        if part.role in STAGE_OF_ROLE:
+            yield from (above for above in ancestors(part.path) if not any(within(above, path) for path in inside))
+
+
 def _scope(model: nn.Module, path: str, kind: str, stage: str | None = None) -> Scope:
     return Scope(path or type(model).__name__, kind, stage)
 
@@ -287,7 +295,8 @@ def _layer_paths(modules: Mapping[str, nn.Module], anatomy: Anatomy) -> Iterator
     """Yield the layers of the decoder and of the towers."""
     homes = [anatomy.path("decoder_layers"), *anatomy.paths("vision_tower"), *anatomy.paths("audio_tower")]
     for path, module in modules.items():
-        if is_layer_list(module) and any(home is not None and within(path, home) for home in homes):
+        named = path == anatomy.path("decoder_layers")
+        if named or (is_layer_list(module) and any(home is not None and within(path, home) for home in homes)):
             yield from (f"{path}.{name}" for name, _ in module.named_children())
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from profkit import chrome, stages, stats, tables
-from profkit.anatomy import Anatomy, Part
+from profkit.anatomy import Anatomy
 from profkit.errors import InputError, ProfkitError
 from profkit.ledger import Marks, Scope
 from profkit.spans import Spans
@@ -104,9 +104,10 @@ class Run:
         return tables.module_table(self.representative)
 
     def latency(self) -> tables.Latency:
-        """Return TTFT, TPOT, ITL percentiles and throughput of the representative pass."""
+        """Return TTFT, TPOT and throughput of the representative pass, and ITL over all clean passes."""
         first = (self.manifest.get("calls") or [{}])[0]
-        return tables.latency(self.representative, first.get("batch") or 1, first.get("new_tokens"))
+        pooled_ms = np.concatenate([tables.token_gaps_ms(spans) for spans in self.clean])
+        return tables.latency(self.representative, first.get("batch") or 1, first.get("new_tokens"), pooled_ms)
 
     def overhead(self) -> float:
         """Return clean over control time of generate(), the median of pairs; NaN without controls."""
@@ -171,7 +172,7 @@ def load(path: str | os.PathLike[str]) -> Run:
 
 def check_target(path: Path, force: bool) -> None:
     """Raise InputError if a run cannot be written to `path`; better asked before measuring than after."""
-    if len(path.name) > 200:
+    if len(os.fsencode(path.name)) > 200:
         raise InputError(f"The name of {path} is too long for a directory: choose another --out.")
     if path.exists() and not force:
         raise InputError(f"{path} already exists: choose another --out, or --force to replace it.")
@@ -235,7 +236,7 @@ def _write(run: Run, folder: Path) -> None:
     manifest = {
         "schema": SCHEMA,
         **run.manifest,
-        "anatomy": {**asdict(run.anatomy), "roles": run.anatomy.to_dict()},
+        "anatomy": {**run.anatomy.to_record(), "roles": run.anatomy.to_dict()},
         "latency": asdict(run.latency()) if run.clean else None,
         "scopes": scopes,
         "passes": passes,
@@ -282,9 +283,7 @@ def _read(folder: Path, manifest: dict[str, Any]) -> Run:
         Pass(one["kind"], one["generate_ns"], _spans_of(frame, number, scopes), tuple(one["steps_recorded"]))
         for number, one in enumerate(manifest.pop("passes"))
     ]
-    recorded_anatomy = manifest.pop("anatomy")
-    parts = tuple(Part(**part) for part in recorded_anatomy["parts"])
-    anatomy = Anatomy(recorded_anatomy["model_class"], parts, tuple(recorded_anatomy["notes"]))
+    anatomy = Anatomy.from_record(manifest.pop("anatomy"))
     operators = folder / "operators.parquet"
     for key in ("schema", "latency"):
         manifest.pop(key)

@@ -24,13 +24,15 @@ NOBODY = -1
 class Steps:
     """The passes of the decoder stack, one row each, in order.
 
-    `span` is the decoder's span, `loop` the span of the generate() around it, `outermost` the child of
-    that loop which holds the pass (the forward), `start` the mark where the step's iteration
-    begins and `stop` the mark where it ends: the next one's start, or the end of generate().
+    `span` is the decoder's span, `loop` the span of the generate() around it, `call` that of the outermost one
+    (some models' generate() calls their language model's), `outermost` the child of the loop which holds
+    the pass (the forward), `start` the mark where the step's iteration begins and `stop` the mark where it
+    ends: the next one's start, or the end of the outermost generate().
     """
 
     span: np.ndarray
     loop: np.ndarray
+    call: np.ndarray
     outermost: np.ndarray
     start: np.ndarray
     stop: np.ndarray
@@ -124,6 +126,18 @@ class Spans:
         fixed = [stages.INDEX[scope.stage] if scope.stage else NOBODY for scope in self.scopes]
         return np.array(fixed, dtype=np.int64)[self.scope]
 
+    @cached_property
+    def calls(self) -> np.ndarray:
+        """For each scope its calls before the first forward of its generate(), in prefill steps, in decode steps."""
+        step = np.append(self.step, NOBODY)[np.minimum(self.begin, len(self.step))]
+        forwards = np.append(self.begin[self.steps.outermost], len(self.marks))[step]
+        first = step == np.append(np.searchsorted(self.steps.call, self.steps.call), NOBODY)[step]
+        before = (step < 0) | (first & (self.begin < forwards))
+        phase = np.where(before, 0, np.where(np.append(self.steps.prefill, False)[step], 1, 2))
+        counts = np.zeros((len(self.scopes), 3), dtype=np.int64)
+        np.add.at(counts, (self.scope, phase), 1)
+        return counts
+
     # -- steps ---------------------------------------------------------------------------------
 
     @cached_property
@@ -137,14 +151,25 @@ class Spans:
         loop = loop_around[span]
         is_loop_child = (self.parent >= 0) & is_loop[around]
         outermost = self.nearest(is_loop_child)[span]
-        start = self._iteration_starts(span, loop, outermost, np.flatnonzero(is_loop_child))
-        last = np.append(loop[1:] != loop[:-1], True)[: len(span)]
-        stop = np.where(last, self.end[loop], np.append(start[1:], 0)[: len(span)])
+        call = self._outermost_loop(is_loop)[span]
+        start = self._iteration_starts(span, call, outermost, np.flatnonzero(is_loop_child))
+        last = np.append(call[1:] != call[:-1], True)[: len(span)]
+        stop = np.where(last, self.end[call], np.append(start[1:], 0)[: len(span)])
         tokens = self.marks.note[self.begin[span]]
-        return Steps(span, loop, outermost, start, stop, tokens, self._is_prefill(loop, tokens))
+        return Steps(span, loop, call, outermost, start, stop, tokens, self._is_prefill(loop, tokens))
+
+    def _outermost_loop(self, is_loop: np.ndarray) -> np.ndarray:
+        """Return for each span the outermost generate() around it, -1 if there is none."""
+        found = self.nearest(is_loop)
+        while True:
+            above = np.where(found >= 0, self.parent[found], NOBODY)
+            further = np.where(above >= 0, self.nearest(is_loop)[above], NOBODY)
+            if not (further >= 0).any():
+                return found
+            found = np.where(further >= 0, further, found)
 
     def _iteration_starts(
-        self, span: np.ndarray, loop: np.ndarray, outermost: np.ndarray, children: np.ndarray
+        self, span: np.ndarray, call: np.ndarray, outermost: np.ndarray, children: np.ndarray
     ) -> np.ndarray:
         """Return the mark where each step's iteration begins.
 
@@ -153,13 +178,13 @@ class Spans:
         """
         if not len(span):
             return np.empty(0, dtype=np.int64)
-        first = np.append(True, loop[1:] != loop[:-1])
+        first = np.append(True, call[1:] != call[:-1])
         same_forward = np.append(False, outermost[1:] == outermost[:-1]) & ~first
         left = self.end[np.append(outermost[0], outermost[:-1])]
         entries = self.begin[children]
         following = entries[np.minimum(np.searchsorted(entries, left), len(entries) - 1)]
         start = np.where(same_forward, self.begin[span], np.minimum(following, self.begin[span]))
-        return np.where(first, self.begin[loop], start)
+        return np.where(first, self.begin[call], start)
 
     def _is_prefill(self, loop: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Return which steps read the prompt: the first, and those after it until the prompt is consumed."""
@@ -227,7 +252,7 @@ class Spans:
         media = np.isin(self._fixed_stage_of_span, [stages.INDEX[name] for name in stages.MEDIA])
         begins = np.append(self.begin[media], len(position))
         latest = np.append(NOBODY, begins)[np.searchsorted(begins, position, side="left")]
-        since = np.where(self.steps.prefill, self.begin[self.steps.loop], self.steps.start)[row]
+        since = np.where(self.steps.prefill, self.begin[self.steps.call], self.steps.start)[row]
         return (step >= 0) & (position < self.begin[self.steps.span][row]) & (latest >= since)
 
     # -- checks --------------------------------------------------------------------------------

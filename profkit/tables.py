@@ -82,8 +82,8 @@ def step_table(spans: Spans) -> pd.DataFrame:
     host_ns = np.zeros(size, dtype=np.int64)
     np.add.at(host_ns, spans.step[in_stack], spans.host_ns[in_stack])
     host = spans.marks.host_ns
-    call = np.unique(steps.loop, return_inverse=True)[1]
-    first = np.searchsorted(steps.loop, steps.loop)
+    call = np.unique(steps.call, return_inverse=True)[1]
+    first = np.searchsorted(steps.call, steps.call)
     return pd.DataFrame(
         {
             "call": call,
@@ -173,8 +173,9 @@ class Latency:
     """The figures people quote, from the host's clock, in ms; NaN where there were too few tokens.
 
     ttft_ms: from the call of generate() to the first new token, media encoding included (NVIDIA NIM).
-    tpot_ms: (end to end - TTFT) / (n - 1) (vLLM). itl_*_ms: percentiles of the gaps between successive tokens
-    (vLLM). tokens_per_s: batch * (n - 1) / the time from the first token to the end (optimum-benchmark).
+    tpot_ms: (end to end - TTFT) / (n - 1) (vLLM). itl_*_ms: percentiles of the gaps between successive tokens,
+    pooled over the repeats (vLLM). tokens_per_s: batch * (n - 1) / the time from the first token to the end
+    (optimum-benchmark).
     prefill_tokens_per_s: batch * prompt tokens, media included, over the prefill stage, encoder excluded.
     """
 
@@ -191,25 +192,39 @@ class Latency:
     prefill_tokens_per_s: float
 
 
-def latency(spans: Spans, batch: int = 1, new_tokens: int | None = None) -> Latency:
+def token_gaps_ms(spans: Spans) -> np.ndarray:
+    """Return the times between successive tokens of the first generate() in a pass, in ms."""
+    return np.diff(_token_ns(spans)) / MS
+
+
+def _token_ns(spans: Spans) -> np.ndarray:
+    """Return when each token of the first generate() was there: as the iteration ends that selected it."""
+    steps = spans.steps
+    of_first = steps.call == steps.call[:1] if len(steps) else np.zeros(0, dtype=bool)
+    # The last prefill step gives the first token.
+    prefills = int((of_first & steps.prefill).sum())
+    return spans.marks.host_ns[steps.stop[np.flatnonzero(of_first)[max(prefills - 1, 0) :]]]
+
+
+def latency(spans: Spans, batch: int = 1, new_tokens: int | None = None, gaps_ms: np.ndarray | None = None) -> Latency:
     """Return the latency figures of the first generate() in a pass.
 
     `new_tokens` is how many tokens it made; None counts each decode step as one. With speculative decoding
-    a step gives several, which appear at once: the gaps of ITL are those between steps.
+    a step gives several, which appear at once: the gaps of ITL are those between steps. `gaps_ms` are gaps pooled
+    over several passes; without it, ITL is this pass's alone.
     """
     steps = spans.steps
-    of_first = steps.loop == steps.loop[:1] if len(steps) else np.zeros(0, dtype=bool)
+    token_ns = _token_ns(spans)
     host, nan = spans.marks.host_ns, float("nan")
-    if not of_first.any():
+    if not len(token_ns):
         return Latency(0, 0, batch, *([nan] * 8))
-    loop = int(steps.loop[0])
-    begin_ns, end_ns = int(host[spans.begin[loop]]), int(host[spans.end[loop]])
-    # The last prefill step gives the first token; each step's token is there when its iteration ends.
+    call = int(steps.call[0])
+    of_first = steps.call == call
     prefill = of_first & steps.prefill
-    token_ns = host[steps.stop[np.flatnonzero(of_first)[int(prefill.sum()) - 1 :]]]
+    begin_ns, end_ns = int(host[spans.begin[call]]), int(host[spans.end[call]])
     count = len(token_ns) if new_tokens is None else new_tokens
     ttft_ns = int(token_ns[0]) - begin_ns
-    gaps_ms = np.diff(token_ns) / MS
+    gaps_ms = np.diff(token_ns) / MS if gaps_ms is None else gaps_ms
     decoding_ns = end_ns - int(token_ns[0])
     table = stage_table(spans, np.isin(spans.step, np.flatnonzero(of_first)))
     prefill_ms = float(table["host_ms"].get("prefill", nan))

@@ -9,7 +9,7 @@ from builders import small_llava
 from torch import nn
 
 import profkit
-from profkit import anatomy
+from profkit import structure
 from profkit.errors import AnatomyError
 
 pytestmark = pytest.mark.smoke
@@ -67,8 +67,8 @@ def test_a_plain_language_model_has_no_tower():
 
 def test_no_generate_and_no_decoder_are_said():
     with pytest.raises(AnatomyError, match=r"Linear has no generate\(\)"):
-        anatomy.find(nn.Linear(1, 1))
+        structure.find(nn.Linear(1, 1))
     model = nn.Linear(1, 1)
     model.generate = lambda: None
     with pytest.raises(AnatomyError, match="No decoder layers found in Linear"):
-        anatomy.find(model)
+        structure.find(model)

@@ -113,6 +113,11 @@ def no_generate():
     return small_llava()[0].model.vision_tower, {}
 
 
+def broken():
+    """A function with a mistake of its own."""
+    return 1 / 0
+
+
 def out_of_memory():
     """A model whose head asks for more than there is."""
     import torch
@@ -145,7 +150,8 @@ def out_of_memory():
         (["--device", "cuda"], 2, "--device cuda: torch"),
         (["--device", "toaster"], 2, "Unknown device 'toaster'"),
         (["--profile-steps", "4-2"], 2, "is not a list of steps such as 0-4,10"),
-        (["--profile-steps", "50"], 1, "None of the steps to profile (50) ran"),
+        (["--profile-steps", "50"], 2, "; choose from those"),
+        (["test_cli:broken"], 2, "test_cli:broken itself failed: ZeroDivisionError"),
         (["--out", "folder"], 2, "folder already exists"),
         (["--out", "notes.txt/run"], 2, "Cannot write notes.txt/run"),
         (["--profile-steps", "0-999999999"], 2, "reaches beyond step 1000000"),

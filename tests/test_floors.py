@@ -13,15 +13,29 @@ PACKAGE = Path(__file__).parent.parent / "profkit"
 
 FLOORS = {
     1: {"stages", "errors", "stats"},
-    2: {"ledger", "events", "anatomy", "clock", "environment", "processors"},
-    3: {"spans", "chrome", "models", "samples"},
+    2: {"ledger", "events", "anatomy", "trail", "wrapping", "clock", "environment", "processors"},
+    3: {"spans", "chrome", "structure", "roles", "models", "samples"},
     4: {"attribution", "probes"},
-    5: {"tables", "tracks", "kineto"},
-    6: {"run"},
-    7: {"capture", "text"},
-    8: {"cli"},
+    5: {"tables", "tracks", "kineto", "probing"},
+    6: {"run", "dummies"},
+    7: {"inspection", "text"},
+    8: {"capture"},
+    9: {"cli"},
 }
-WITH_TORCH = {"clock", "environment", "processors", "models", "samples", "probes", "kineto", "capture"}
+WITH_TORCH = {
+    "clock",
+    "environment",
+    "processors",
+    "models",
+    "samples",
+    "probes",
+    "kineto",
+    "probing",
+    "capture",
+    "wrapping",
+    "dummies",
+    "inspection",
+}
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
 

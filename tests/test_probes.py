@@ -10,7 +10,7 @@ import torch
 from builders import small_llava
 
 import profkit
-from profkit import anatomy, probes
+from profkit import probes, structure
 from profkit.errors import InputError
 from profkit.ledger import Ledger
 
@@ -99,7 +99,8 @@ def test_an_exception_propagates_unchanged_and_every_probe_comes_off(llava, erro
 
     handle = model.get_submodule(where).register_forward_pre_hook(fail)
     before = instance_state(model)
-    with pytest.raises(error) as caught, profkit.profile(model, granularity="module") as prof:
+    found = structure.find(model)
+    with pytest.raises(error) as caught, profkit.profile(model, granularity="module", anatomy=found) as prof:
         model.generate(**kwargs)
     assert caught.value is raised
     assert instance_state(model) == before
@@ -147,7 +148,7 @@ def test_other_hooks_and_instance_methods_stay(llava):
         return original(x)
 
     model.lm_head.forward = own_forward
-    with profkit.profile(model, granularity="module"):
+    with profkit.profile(model, granularity="module", anatomy=structure.find(model)):
         model.generate(**kwargs)
     assert calls == ["own", "hook"] * 5
     assert model.lm_head.__dict__["forward"] is own_forward
@@ -157,7 +158,7 @@ def test_other_hooks_and_instance_methods_stay(llava):
 def test_a_wrapper_put_on_inside_the_body_survives_and_measures_no_more(llava):
     model, kwargs = llava
     ledger = Ledger()
-    with probes.Instrument(model, anatomy.find(model), ledger):
+    with probes.Instrument(model, structure.find(model), ledger):
         probe = model.lm_head.forward
         model.lm_head.forward = lambda x: probe(x)
         model.generate(**kwargs)

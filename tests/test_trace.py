@@ -13,7 +13,7 @@ import torch
 from builders import small_llava, tiny_llava
 
 import profkit
-from profkit import chrome, samples, stages
+from profkit import chrome, samples, stages, tables
 from profkit.errors import InputError, MeasurementError
 from profkit.kineto import Session
 
@@ -68,7 +68,7 @@ def test_latency_follows_its_definitions(run_and_path):
     assert found.prompt_tokens == run.manifest["calls"][0]["prompt_tokens"] == steps["tokens"][0]
     assert found.ttft_ms == pytest.approx(steps["iteration_ms"][0])
     assert found.tpot_ms == pytest.approx((found.end_to_end_ms - found.ttft_ms) / 7)
-    assert found.itl_p50_ms == pytest.approx(np.median(steps["iteration_ms"][1:]))
+    assert tables.latency(run.representative).itl_p50_ms == pytest.approx(np.median(steps["iteration_ms"][1:]))
     assert found.tokens_per_s == pytest.approx(1000 / found.tpot_ms)
 
 
@@ -209,12 +209,11 @@ def test_an_instrument_that_changes_tokens_is_caught(monkeypatch):
 
     plain_attach = probes.Instrument._attach
 
-    def doctored(self, module, name, scope):
-        plain_attach(self, module, name, scope)
+    def doctored(self, wrappers, module, name, scope):
+        plain_attach(self, wrappers, module, name, scope)
         if scope.path == "lm_head":
             probe = module.__dict__[name]
-            module.__dict__[name] = lambda *args: -probe(*args)
-            self._probes[-1] = (module, name, module.__dict__[name], None)
+            wrappers.put(module, name, lambda *args: -probe(*args))
 
     monkeypatch.setattr(probes.Instrument, "_attach", doctored)
     run = profkit.trace(model, kwargs, warmup=0, repeat=1, profile=False)
@@ -255,8 +254,33 @@ def test_wrong_plans_are_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             profkit.trace(model, kwargs, **plan)
-    with pytest.raises(MeasurementError, match=r"None of the steps to profile \(77\) ran"):
-        profkit.trace(model, kwargs, warmup=0, repeat=1, profile_steps=frozenset([77]))
+
+
+def test_steps_that_do_not_come_cost_the_profile_and_nothing_else():
+    model, kwargs = small_llava()
+    run = profkit.trace(model, kwargs, warmup=0, repeat=1, profile_steps=frozenset([77]))
+    assert run.trace_json is None
+    assert "none is among the 5 seen" in run.manifest["faults"][0]
+    assert run.stages()["host_ns"].sum() > 0
+
+
+def test_what_was_given_to_generate_is_hashed():
+    model, kwargs = small_llava()
+    plan = {"warmup": 0, "repeat": 1, "profile": False}
+    first, second = (profkit.trace(model, dict(kwargs), **plan).manifest["inputs"] for _ in range(2))
+    assert first == second
+    assert set(first) == set(kwargs)
+    kwargs["pixel_values"] = kwargs["pixel_values"] + 1
+    other = profkit.trace(model, kwargs, **plan).manifest["inputs"]
+    assert [name for name in first if first[name] != other[name]] == ["pixel_values"]
+
+
+def test_itl_is_pooled_over_the_repeats():
+    model, kwargs = small_llava()
+    run = profkit.trace(model, kwargs, warmup=0, repeat=3, profile=False)
+    gaps_ms = np.concatenate([tables.token_gaps_ms(spans) for spans in run.clean])
+    assert len(gaps_ms) == 3 * (run.latency().new_tokens - 1)
+    assert run.latency().itl_p50_ms == np.percentile(gaps_ms, 50)
 
 
 def test_another_profiler_is_refused_before_anything_runs(monkeypatch):

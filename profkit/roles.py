@@ -1,0 +1,368 @@
+"""From a trail to an anatomy: which module plays which part, judged by what fed it and what it fed.
+
+The *trunk* is everything around the decoder's layers, the token embedding and the towers; a *branch* is what
+hangs on it. Branches through which media reach the decoder are towers (they hold a stack of layers), text
+encoders (the token embedding feeds them too) or projectors (a tower feeds them).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+from profkit.anatomy import (
+    ROLES,
+    Anatomy,
+    Calls,
+    Part,
+    ancestors,
+    derives_from,
+    has_weights,
+    is_layer_list,
+    is_norm,
+    outermost,
+    parent,
+    within,
+)
+from profkit.trail import Label, Seen, Trail
+
+AUDIO_ARGUMENT = re.compile(r"audio|speech|sound|wav|mel|^input_(features|values)")
+"""Arguments of generate() that hold sound, as processors name them."""
+
+
+def settle(model: Any, structure: Anatomy, trail: Trail) -> Anatomy:
+    """Return the anatomy of a model from its structure and the trail of a short generate()."""
+    return _Settling(model, structure, trail).anatomy()
+
+
+class _Settling:
+    def __init__(self, model: Any, structure: Anatomy, trail: Trail) -> None:
+        self.model, self.structure, self.trail = model, structure, trail
+        self.modules: dict[str, Any] = dict(model.named_modules())
+        self.numbers = trail.by_path()
+        self.layers = self._decoder_layers()
+        self.embed = structure.path("embed") or ""
+        self.language = {above for path in (self.layers, self.embed) for above in ancestors(path)}
+        self.trunk = set(self.language)
+
+    def anatomy(self) -> Anatomy:
+        """Return the settled anatomy."""
+        roles = self._branch_roles()
+        while self._descend(path for path, role in roles.items() if role == "tower"):
+            roles = self._branch_roles()
+        found: list[tuple[str, str | None]] = [
+            (self._tower_role(path) if role == "tower" else role, path) for path, role in roles.items()
+        ]
+        for path in [path for path, role in roles.items() if role == "tower"]:
+            found += [("projector", inner) for inner in self._inner_projectors(path, roles)]
+        found += [("lm_head", self._head()), ("decoder", self._decoder())]
+        parts = [self._part(role, path) for role, path in found if path is not None]
+        # What structure alone knows: parts that did not take part in this generate(), and those that need no probe.
+        for part in self.structure.parts:
+            if part.role == "decoder_layers" and part.path != self.layers:
+                part = self._part(part.role, self.layers)
+            if part.role not in SETTLED or (part.role in MEDIA_ROLES and not self._fired(part.path)):
+                parts.append(part)
+        parts.sort(key=lambda part: ROLES.index(part.role))
+        result = Anatomy(
+            self.structure.model_class, tuple(parts), self.structure.ambiguities, dict(self.trail.features)
+        )
+        return result.with_calls(self._calls())
+
+    def _part(self, role: str, path: str) -> Part:
+        found_by = [part.found_by for part in self.structure.parts if (part.role, part.path) == (role, path)]
+        inside = outermost(one for one in self.numbers if within(one, path))
+        through = () if path in self.numbers else tuple(inside)
+        return Part(role, path, type(self.modules[path]).__name__, ", ".join([*found_by, "probe"]), through=through)
+
+    def _calls(self) -> dict[str, Calls]:
+        """Return how often each module ran in which phase; 0 for those that did not."""
+        begins = [self._forward_around(number) for number in self.numbers.get(self._decoder() or "", [])]
+        begins = list(dict.fromkeys(begins))
+        first, second = [*begins, *[len(self.trail.calls) * 2] * 2][:2]
+        result = {}
+        for path in self.modules:
+            ticks = [self.trail.calls[number].begin for number in self.numbers.get(path, [])]
+            before = sum(tick < first for tick in ticks)
+            decode = sum(tick >= second for tick in ticks)
+            result[path] = Calls(before, len(ticks) - before - decode, decode)
+        return result
+
+    def _forward_around(self, number: int) -> int:
+        """Return the tick at which the outermost call around a pass of the decoder began."""
+        inner = self.trail.calls[number]
+        around = [seen.begin for seen in self.trail.calls[: number + 1] if seen.end >= inner.end]
+        return min(around, default=inner.begin)
+
+    def _decoder_layers(self) -> str:
+        """Return the structure's choice if it ran in the last step, else the list of layers that ran last."""
+        chosen = self.structure.path("decoder_layers") or ""
+        embed = self.numbers.get(self.structure.path("embed") or "", [0])[-1]
+        if any(
+            number > embed for path, numbers in self.numbers.items() if parent(path) == chosen for number in numbers
+        ):
+            return chosen
+        last = {parent(path): numbers[-1] for path, numbers in self.numbers.items()}
+        lists = outermost(path for path in last if is_layer_list(self.modules[path]))
+        return max(lists, key=lambda path: last[path], default=chosen)
+
+    # -- the flow of data ----------------------------------------------------------------------
+
+    @cached_property
+    def layer_inputs(self) -> frozenset[Label]:
+        """What fed the decoder's layers in the first step."""
+        calls = [seen for seen in self.trail.calls if parent(seen.path) == self.layers]
+        again = [seen.begin for seen in calls if seen.path == calls[0].path][1:2]
+        return frozenset(label for seen in calls if not again or seen.begin < again[0] for label in seen.fed_by)
+
+    @cached_property
+    def reached(self) -> set[Label]:
+        """Everything that the decoder's first step was made of."""
+        return self.trail.back(self.layer_inputs)
+
+    @cached_property
+    def carriers(self) -> set[Label]:
+        """The outputs of calls that were made of media."""
+        found: set[Label] = set()
+        calls = self.trail.calls
+        # A call ends after all that it was made of.
+        for number in sorted(range(len(calls)), key=lambda number: calls[number].end):
+            for position, output in enumerate(calls[number].outputs):
+                if any(label in (self.trail.media if isinstance(label, str) else found) for label in output.made_of):
+                    found.add((number, position))
+        return found
+
+    def _path(self, label: Label) -> str | None:
+        return None if isinstance(label, str) else self.trail.calls[label[0]].path
+
+    def _labels_within(self, path: str, labels: Iterable[Label]) -> list[Label]:
+        return [label for label in labels if (at := self._path(label)) is not None and within(at, path)]
+
+    def _fired(self, path: str) -> bool:
+        return any(within(one, path) for one in self.numbers)
+
+    # -- branches ------------------------------------------------------------------------------
+
+    def _branch(self, path: str) -> str | None:
+        """Return the outermost module around `path` that is not in the trunk; None for the language model's own."""
+        if path in self.trunk or within(path, self.layers) or within(path, self.embed):
+            return None
+        return [path, *(above for above in ancestors(path) if above not in self.trunk)][-1]
+
+    def _branch_roles(self) -> dict[str, str]:
+        """Return the role of each branch that carries media to the decoder: tower, encoder, projector."""
+        labels: dict[str, list[Label]] = {}
+        for label in sorted(
+            (one for one in self.reached & self.carriers), key=lambda label: self.trail.calls[int(label[0])].end
+        ):
+            branch = self._branch(self._path(label) or "")
+            if branch is not None:
+                labels.setdefault(branch, []).append(label)
+        roles: dict[str, str] = {}
+        sources: dict[str, set[str]] = {}
+        for branch, own in labels.items():
+            sources[branch] = self._sources(branch, own)
+            roles[branch] = self._role(branch, sources[branch], roles)
+        for branch in [one for one, role in roles.items() if role == "projector"]:
+            # What feeds a tower is the tower's beginning.
+            if any(branch in sources[other] for other, role in roles.items() if role == "tower"):
+                roles[branch] = "tower"
+        return {branch: role for branch, role in roles.items() if role in ("tower", "encoder", "projector")}
+
+    def _role(self, branch: str, sources: set[str], roles: dict[str, str]) -> str:
+        """Return tower, encoder, projector, language (the language model's own) or nothing (it has no weights)."""
+        fed_by = {roles.get(source) for source in sources}
+        if not has_weights(self.modules[branch]):
+            return "language" if "language" in fed_by else "nothing"
+        has_stack = bool(self._stacks(branch))
+        if self.embed in sources or self.layers in sources:
+            joint = has_stack and self.layers not in sources and not self._inside_decoder(branch)
+            return "encoder" if joint else "language"
+        if fed_by & {"encoder", "language"}:
+            return "language"
+        return "tower" if has_stack and not fed_by & {"tower", "projector"} else "projector"
+
+    def _sources(self, branch: str, own: Iterable[Label]) -> set[str]:
+        """Return what fed a branch: other branches, the embedding, the decoder's layers."""
+        found: set[str] = set()
+
+        def another(path: str) -> bool:
+            return path not in self.trunk and not within(path, branch)
+
+        for path in self.trail.paths(self.trail.back(own, stop=another)):
+            if another(path):
+                found.add(self._branch(path) or (self.layers if within(path, self.layers) else self.embed))
+        return found
+
+    def _inside_decoder(self, branch: str) -> bool:
+        decoder = self._decoder()
+        around = [self.trail.calls[number] for number in self.numbers.get(decoder or "", [])]
+        own = [seen for seen in self.trail.calls if within(seen.path, branch)]
+        return any(outer.begin < seen.begin < outer.end for outer in around for seen in own)
+
+    def _stacks(self, root: str) -> list[str]:
+        """Return the outermost lists of layers in a module that ran: lists whose members feed one another."""
+        lists = [path for path in self.modules if within(path, root) and self._is_list_that_ran(path)]
+        # A single layer could be a single merger as well: it counts only where nothing surer is found.
+        return outermost(path for path in lists if self._is_stack(path)) or outermost(
+            path for path in lists if self._is_deep(path)
+        )
+
+    def _is_list_that_ran(self, path: str) -> bool:
+        return type(self.modules[path]).__name__ in ("ModuleList", "Sequential") and self._fired(path)
+
+    def _members(self, path: str) -> list[str]:
+        """Return the members of a list that hold other modules with weights."""
+        members = [f"{path}.{name}" for name, _ in self.modules[path].named_children()]
+        return [one for one in members if any(has_weights(child) for child in self.modules[one].children())]
+
+    def _is_deep(self, path: str) -> bool:
+        """Tell whether members of a list hold modules that hold modules with weights, as layers hold attention."""
+        inner = [
+            grand for one in self._members(path) for child in self.modules[one].children() for grand in child.children()
+        ]
+        return type(self.modules[path]).__name__ == "ModuleList" and any(map(has_weights, inner))
+
+    def _is_stack(self, path: str) -> bool:
+        if is_layer_list(self.modules[path]):
+            return True
+        composite = self._members(path)
+        for member in composite[1:]:
+            others = [one for one in composite if one != member]
+            fed_by = [label for seen in self._outermost_calls(member) for label in seen.fed_by]
+            inner = self.trail.back(fed_by, stop=lambda at: any(within(at, one) for one in composite))
+            if any(within(at, one) for at in self.trail.paths(inner) for one in others):
+                return True
+        return False
+
+    def _outermost_calls(self, path: str) -> list[Seen]:
+        """Return the calls of a module, or, where it was never called itself, of what was called in it."""
+        inside = [one for one in self.numbers if within(one, path)]
+        return [self.trail.calls[number] for one in outermost(inside) for number in self.numbers[one]]
+
+    # -- towers --------------------------------------------------------------------------------
+
+    def _descend(self, towers: Iterable[str]) -> bool:
+        """Take wrappers around towers into the trunk; tell whether there were any."""
+        before = len(self.trunk)
+        for branch in towers:
+            for stack in self._stacks(branch):
+                root = self._tower_root(branch, stack)
+                self.trunk.update(above for above in ancestors(root))
+        return len(self.trunk) > before
+
+    def _tower_root(self, branch: str, stack: str) -> str:
+        """Return the outermost pretrained model around a stack, else the outermost module there that ran."""
+        around = [above for above in (stack, *ancestors(stack)) if within(above, branch)]
+        models = [above for above in around if derives_from(self.modules[above], "PreTrainedModel")]
+        called = [above for above in around if above in self.numbers]
+        return (models or called or [branch])[-1]
+
+    def _tower_role(self, path: str) -> str:
+        declared = getattr(self.modules[path], "input_modalities", "text")
+        kinds = {declared} if isinstance(declared, str) else set(declared)
+        if kinds & {"image", "video"}:
+            return "vision_tower"
+        if "audio" in kinds:
+            return "audio_tower"
+        takes = [str(getattr(self.modules[path], "main_input_name", ""))]
+        labels = self._labels_within(path, self.reached & self.carriers)
+        takes += [label for label in self.trail.back(labels) if isinstance(label, str) and label in self.trail.media]
+        return "audio_tower" if any(AUDIO_ARGUMENT.search(name) for name in takes) else "vision_tower"
+
+    def _inner_projectors(self, tower: str, roles: dict[str, str]) -> Iterator[str]:
+        """Yield the mergers inside a tower: what its layers feed and what reaches the decoder, norms aside.
+
+        Where a projector follows outside, only what makes fewer tokens of the same width counts.
+        """
+        stacks = self._stacks(tower)
+        chain = {above for stack in stacks for above in ancestors(stack) if within(above, tower)}
+        leaving = self._labels_within(tower, self._made_of_outside(tower))
+        if any(not self._output(label).floating for label in leaving):
+            return
+        followed = self._is_followed(tower, roles)
+        members = [seen for stack in stacks for seen in self.trail.calls if parent(seen.path) == stack]
+        feeds_layers = self.trail.back(label for seen in members for label in seen.fed_by)
+        for path in self._children(chain):
+            module = self.modules[path]
+            if path in chain or path in stacks or not has_weights(module) or is_norm(module):
+                continue
+            labels = self._labels_within(path, self.reached)
+            behind = [at for at in self.trail.paths(self.trail.back(labels)) if any(within(at, one) for one in stacks)]
+            if not behind:
+                continue
+            if self._shrinks(path) if followed else not self._labels_within(path, feeds_layers):
+                yield path
+
+    def _children(self, paths: Iterable[str]) -> Iterator[str]:
+        for path in self.modules:
+            if path and parent(path) in set(paths):
+                yield path
+
+    def _made_of_outside(self, tower: str) -> set[Label]:
+        """Return the labels that the decoder, and calls outside a tower that reach it, were made of."""
+        found = set(self.layer_inputs)
+        for label in self.reached:
+            path = self._path(label)
+            if path is not None and not within(path, tower):
+                found |= self._output(label).made_of
+        return found
+
+    def _output(self, label: Label) -> Any:
+        assert not isinstance(label, str)
+        return self.trail.calls[label[0]].outputs[label[1]]
+
+    def _is_followed(self, tower: str, roles: dict[str, str]) -> bool:
+        """Tell whether a projector outside is fed by this tower."""
+        for branch, role in roles.items():
+            if role == "projector" and tower in self._sources(branch, self._labels_within(branch, self.reached)):
+                return True
+        return False
+
+    def _shrinks(self, path: str) -> bool:
+        """Tell whether a module makes fewer tokens of the same width."""
+        for seen in self._outermost_calls(path):
+            if seen.outputs and seen.shapes_in:
+                given, made = seen.shapes_in[0], seen.outputs[0].shape
+                if given[-1:] == made[-1:] and _size(made) < _size(given):
+                    return True
+        return False
+
+    # -- the language model --------------------------------------------------------------------
+
+    def _decoder(self) -> str | None:
+        """Return the innermost module around the decoder's layers that is itself called."""
+        return next((above for above in ancestors(self.layers) if above in self.numbers), None)
+
+    def _head(self) -> str | None:
+        """Return the outermost module around the output embeddings that holds nothing of the decoder."""
+        head = self.structure.path("lm_head") or self._last_after_decoder()
+        for above in ancestors(head) if head else ():
+            if above in self.language or above not in self.numbers:
+                break
+            head = above
+        return head
+
+    def _last_after_decoder(self) -> str | None:
+        """Return the last module with weights, norms aside, that the last of the decoder's layers fed."""
+        last = max((n for path, ns in self.numbers.items() if parent(path) == self.layers for n in ns), default=0)
+        for number in reversed(range(last + 1, len(self.trail.calls))):
+            path = self.trail.calls[number].path
+            module = self.modules[path]
+            outside = path not in self.language and not within(path, self.layers) and not within(path, self.embed)
+            if outside and has_weights(module) and not is_norm(module):
+                return path
+        return None
+
+
+MEDIA_ROLES = ("vision_tower", "audio_tower", "projector", "encoder")
+SETTLED = (*MEDIA_ROLES, "decoder", "lm_head")
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
