@@ -41,7 +41,7 @@ class Part:
     """A part of a model.
 
     `found_by` says how: accessor, structure, probe, user. `calls` is None if no generate() was watched. `through`
-    are the modules inside that are called in its stead, where its own forward is bypassed or it is a list.
+    are the modules inside that are called without its own forward: bypassing it, or because it is a list.
     """
 
     role: str
@@ -82,7 +82,7 @@ class Anatomy:
         """What a reader must know: choices among candidates, parts that never fired, parts that are bypassed."""
         silent = [f"{part.role} {part.path} never fired during generate()." for part in self.parts if part.fired == 0]
         bypassed = [
-            f"{part.role} {part.path}: its own forward is bypassed; what runs is {_shortened(part.through)}."
+            f"{part.role} {part.path}: its own forward is bypassed by calls of {_shortened(part.through)}."
             for part in self.parts
             if part.through and part.class_name != "ModuleList"
         ]
@@ -121,8 +121,10 @@ class Anatomy:
 
 def _calls_of(part: Part, calls: Mapping[str, Calls]) -> Calls | None:
     """Return a part's calls; those of the module in it that ran most, where it is not called itself."""
-    seen = [calls[path] for path in part.through or (part.path,) if path in calls]
-    return max(seen, key=lambda one: one.total, default=None)
+    own = calls.get(part.path)
+    if own is not None and own.total:
+        return own
+    return max((calls[path] for path in part.through if path in calls), key=lambda one: one.total, default=own)
 
 
 def _shortened(paths: tuple[str, ...]) -> str:

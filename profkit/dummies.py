@@ -39,7 +39,7 @@ def _text(model: nn.Module, config: Any, media: list[int]) -> dict[str, Any]:
     """Return a prompt: plain tokens around those that stand for media."""
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = int(getattr(text_config, "vocab_size", 100))
-    special = {value for key, value in vars(config).items() if key.endswith(("_token_id", "_token_index"))}
+    special = [value for key, value in vars(config).items() if key.endswith(("_token_id", "_token_index"))]
     plain = [token for token in range(min(vocabulary, 1000)) if token not in special][-2 * TEXT_TOKENS :]
     ids = torch.tensor([[*plain[:TEXT_TOKENS], *media, *plain[TEXT_TOKENS:]]], device=device_of(model))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -247,6 +247,8 @@ def plan(model: nn.Module, anatomy: Anatomy, granularity: Granularity) -> Iterat
                 scopes.setdefault(path, _scope(model, path, "module", STAGE_OF_ROLE[part.role]))
         elif part.role in ("decoder", "norm"):
             scopes.setdefault(part.path, _scope(model, part.path, "decoder" if part.role == "decoder" else "module"))
+    for path in _around_embedding(anatomy):
+        scopes.setdefault(path, _scope(model, path, "module", "embed"))
     for path in _around(anatomy):
         scopes.setdefault(path, _scope(model, path, "forward"))
     if granularity != "stage":
@@ -285,6 +287,16 @@ def _around(anatomy: Anatomy) -> Iterator[str]:
     for part in anatomy.parts:
         if part.role in STAGE_OF_ROLE:
             yield from (above for above in ancestors(part.path) if not any(within(above, path) for path in inside))
+
+
+def _around_embedding(anatomy: Anatomy) -> Iterator[str]:
+    """Yield the modules around the token embedding that hold no other part: positions, types and norms."""
+    embed = anatomy.path("embed")
+    others = [part.path for part in anatomy.parts if part.role != "embed"]
+    for above in ancestors(embed) if embed else ():
+        if any(within(path, above) for path in others):
+            return
+        yield above
 
 
 def _scope(model: nn.Module, path: str, kind: str, stage: str | None = None) -> Scope:

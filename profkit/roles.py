@@ -43,21 +43,21 @@ class _Settling:
         self.modules: dict[str, Any] = dict(model.named_modules())
         self.numbers = trail.by_path()
         self.layers = self._decoder_layers()
-        self.embed = structure.path("embed") or ""
-        self.language = {above for path in (self.layers, self.embed) for above in ancestors(path)}
+        self.embed = structure.path("embed") or self._embedding_that_ran()
+        self.language = {above for path in (self.layers, self.embed) if path for above in ancestors(path)}
         self.trunk = set(self.language)
 
     def anatomy(self) -> Anatomy:
         """Return the settled anatomy."""
         roles = self._branch_roles()
-        while self._descend(path for path, role in roles.items() if role == "tower"):
+        while self._descend(roles):
             roles = self._branch_roles()
         found: list[tuple[str, str | None]] = [
             (self._tower_role(path) if role == "tower" else role, path) for path, role in roles.items()
         ]
         for path in [path for path, role in roles.items() if role == "tower"]:
             found += [("projector", inner) for inner in self._inner_projectors(path, roles)]
-        found += [("lm_head", self._head()), ("decoder", self._decoder())]
+        found += [("lm_head", self._head()), ("embed", self.embed), ("decoder", self._decoder())]
         parts = [self._part(role, path) for role, path in found if path is not None]
         # What structure alone knows: parts that did not take part in this generate(), and those that need no probe.
         for part in self.structure.parts:
@@ -73,9 +73,14 @@ class _Settling:
 
     def _part(self, role: str, path: str) -> Part:
         found_by = [part.found_by for part in self.structure.parts if (part.role, part.path) == (role, path)]
-        inside = outermost(one for one in self.numbers if within(one, path))
-        through = () if path in self.numbers else tuple(inside)
-        return Part(role, path, type(self.modules[path]).__name__, ", ".join([*found_by, "probe"]), through=through)
+        # Entered elsewhere than by its own forward: as a list, through a method, or by somebody who knows its insides.
+        through: list[str] = []
+        end = -1
+        for seen in self.trail.calls if role in MEDIA_ROLES else ():
+            if within(seen.path, path) and seen.begin > end:
+                through, end = [*through, seen.path], seen.end
+        others = tuple(one for one in dict.fromkeys(through) if one != path)
+        return Part(role, path, type(self.modules[path]).__name__, ", ".join([*found_by, "probe"]), through=others)
 
     def _calls(self) -> dict[str, Calls]:
         """Return how often each module ran in which phase; 0 for those that did not."""
@@ -99,7 +104,7 @@ class _Settling:
     def _decoder_layers(self) -> str:
         """Return the structure's choice if it ran in the last step, else the list of layers that ran last."""
         chosen = self.structure.path("decoder_layers") or ""
-        embed = self.numbers.get(self.structure.path("embed") or "", [0])[-1]
+        embed = self.numbers.get(self.structure.path("embed") or "none", [0])[-1]
         if any(
             number > embed for path, numbers in self.numbers.items() if parent(path) == chosen for number in numbers
         ):
@@ -108,19 +113,30 @@ class _Settling:
         lists = outermost(path for path in last if is_layer_list(self.modules[path]))
         return max(lists, key=lambda path: last[path], default=chosen)
 
+    def _embedding_that_ran(self) -> str | None:
+        """Return, of the embeddings that ran most often, the one with the most rows."""
+        ran = [path for path in self.numbers if derives_from(self.modules[path], "Embedding")]
+        often = max((len(self.numbers[path]) for path in ran), default=0)
+        every_step = [path for path in ran if len(self.numbers[path]) == often and not within(path, self.layers)]
+        return max(every_step, key=lambda path: len(self.modules[path].weight), default=None)
+
+    def _is_language(self, path: str) -> bool:
+        """Tell whether a module is the token embedding or lies in the decoder's layers."""
+        return within(path, self.layers) or (self.embed is not None and within(path, self.embed))
+
     # -- the flow of data ----------------------------------------------------------------------
 
     @cached_property
     def layer_inputs(self) -> frozenset[Label]:
-        """What fed the decoder's layers in the first step."""
-        calls = [seen for seen in self.trail.calls if parent(seen.path) == self.layers]
-        again = [seen.begin for seen in calls if seen.path == calls[0].path][1:2]
-        return frozenset(label for seen in calls if not again or seen.begin < again[0] for label in seen.fed_by)
+        """What fed the decoder's layers, in every step: some models are given media bit by bit."""
+        return frozenset(
+            label for seen in self.trail.calls if parent(seen.path) == self.layers for label in seen.fed_by
+        )
 
     @cached_property
     def reached(self) -> set[Label]:
-        """Everything that the decoder's first step was made of."""
-        return self.trail.back(self.layer_inputs)
+        """Everything that the decoder's inputs were made of, back to its own layers of the step before."""
+        return self.trail.back(self.layer_inputs, stop=lambda path: within(path, self.layers))
 
     @cached_property
     def carriers(self) -> set[Label]:
@@ -147,7 +163,7 @@ class _Settling:
 
     def _branch(self, path: str) -> str | None:
         """Return the outermost module around `path` that is not in the trunk; None for the language model's own."""
-        if path in self.trunk or within(path, self.layers) or within(path, self.embed):
+        if path in self.trunk or self._is_language(path):
             return None
         return [path, *(above for above in ancestors(path) if above not in self.trunk)][-1]
 
@@ -169,15 +185,21 @@ class _Settling:
             # What feeds a tower is the tower's beginning.
             if any(branch in sources[other] for other, role in roles.items() if role == "tower"):
                 roles[branch] = "tower"
-        return {branch: role for branch, role in roles.items() if role in ("tower", "encoder", "projector")}
+        return {branch: role for branch, role in roles.items() if role not in ("language", "nothing")}
 
     def _role(self, branch: str, sources: set[str], roles: dict[str, str]) -> str:
-        """Return tower, encoder, projector, language (the language model's own) or nothing (it has no weights)."""
+        """Return the role of a branch.
+
+        That is tower, encoder, projector, language (the language model's own), nothing (it has no weights) or
+        wrapper (it holds a tower, and merges what comes out of it with the text).
+        """
         fed_by = {roles.get(source) for source in sources}
         if not has_weights(self.modules[branch]):
             return "language" if "language" in fed_by else "nothing"
         has_stack = bool(self._stacks(branch))
         if self.embed in sources or self.layers in sources:
+            if any(not self._is_fed_by_text(stack) for stack in self._stacks(branch)):
+                return "wrapper"
             joint = has_stack and self.layers not in sources and not self._inside_decoder(branch)
             return "encoder" if joint else "language"
         if fed_by & {"encoder", "language"}:
@@ -193,7 +215,7 @@ class _Settling:
 
         for path in self.trail.paths(self.trail.back(own, stop=another)):
             if another(path):
-                found.add(self._branch(path) or (self.layers if within(path, self.layers) else self.embed))
+                found.add(self._branch(path) or (self.layers if within(path, self.layers) else path))
         return found
 
     def _inside_decoder(self, branch: str) -> bool:
@@ -215,7 +237,8 @@ class _Settling:
 
     def _members(self, path: str) -> list[str]:
         """Return the members of a list that hold other modules with weights."""
-        members = [f"{path}.{name}" for name, _ in self.modules[path].named_children()]
+        # A module that is shared is known by its first path alone.
+        members = [one for name in self.modules[path]._modules if (one := f"{path}.{name}") in self.modules]
         return [one for one in members if any(has_weights(child) for child in self.modules[one].children())]
 
     def _is_deep(self, path: str) -> bool:
@@ -244,14 +267,20 @@ class _Settling:
 
     # -- towers --------------------------------------------------------------------------------
 
-    def _descend(self, towers: Iterable[str]) -> bool:
+    def _descend(self, roles: dict[str, str]) -> bool:
         """Take wrappers around towers into the trunk; tell whether there were any."""
         before = len(self.trunk)
-        for branch in towers:
+        self.trunk.update(branch for branch, role in roles.items() if role == "wrapper")
+        for branch in [branch for branch, role in roles.items() if role == "tower"]:
             for stack in self._stacks(branch):
-                root = self._tower_root(branch, stack)
-                self.trunk.update(above for above in ancestors(root))
+                self.trunk.update(ancestors(self._tower_root(branch, stack)))
         return len(self.trunk) > before
+
+    def _is_fed_by_text(self, stack: str) -> bool:
+        """Tell whether the token embedding is among what the members of a stack were made of."""
+        fed_by = [label for seen in self.trail.calls if parent(seen.path) == stack for label in seen.fed_by]
+        made_of = self.trail.back(fed_by, stop=lambda path: within(path, self.layers))
+        return any(self._is_language(path) for path in self.trail.paths(made_of))
 
     def _tower_root(self, branch: str, stack: str) -> str:
         """Return the outermost pretrained model around a stack, else the outermost module there that ran."""
@@ -275,12 +304,12 @@ class _Settling:
     def _inner_projectors(self, tower: str, roles: dict[str, str]) -> Iterator[str]:
         """Yield the mergers inside a tower: what its layers feed and what reaches the decoder, norms aside.
 
-        Where a projector follows outside, only what makes fewer tokens of the same width counts.
+        Where a projector follows outside, only what sits between layers and leaves fewer tokens counts.
         """
         stacks = self._stacks(tower)
         chain = {above for stack in stacks for above in ancestors(stack) if within(above, tower)}
         leaving = self._labels_within(tower, self._made_of_outside(tower))
-        if any(not self._output(label).floating for label in leaving):
+        if any(not self._output(label).floating for label in leaving) or self._makes_token_ids(tower):
             return
         followed = self._is_followed(tower, roles)
         members = [seen for stack in stacks for seen in self.trail.calls if parent(seen.path) == stack]
@@ -293,8 +322,19 @@ class _Settling:
             behind = [at for at in self.trail.paths(self.trail.back(labels)) if any(within(at, one) for one in stacks)]
             if not behind:
                 continue
-            if self._shrinks(path) if followed else not self._labels_within(path, feeds_layers):
+            between_layers = bool(self._labels_within(path, feeds_layers))
+            if (between_layers and self._shrinks(path)) or not (between_layers or followed):
                 yield path
+
+    def _makes_token_ids(self, tower: str) -> bool:
+        """Tell whether what leaves a tower goes through the token embedding: then it is a tokenizer."""
+        head = self._head()
+
+        def written_before(path: str) -> bool:
+            return within(path, self.layers) or path == head
+
+        embedded = [label for seen in self.trail.calls if seen.path == self.embed for label in seen.fed_by]
+        return bool(self._labels_within(tower, self.trail.back(embedded, stop=written_before)))
 
     def _children(self, paths: Iterable[str]) -> Iterator[str]:
         for path in self.modules:
@@ -351,14 +391,14 @@ class _Settling:
         for number in reversed(range(last + 1, len(self.trail.calls))):
             path = self.trail.calls[number].path
             module = self.modules[path]
-            outside = path not in self.language and not within(path, self.layers) and not within(path, self.embed)
+            outside = path not in self.language and not self._is_language(path)
             if outside and has_weights(module) and not is_norm(module):
                 return path
         return None
 
 
 MEDIA_ROLES = ("vision_tower", "audio_tower", "projector", "encoder")
-SETTLED = (*MEDIA_ROLES, "decoder", "lm_head")
+SETTLED = (*MEDIA_ROLES, "decoder", "embed", "lm_head")
 
 
 def _size(shape: tuple[int, ...]) -> int:
