@@ -84,7 +84,7 @@ class Anatomy:
         bypassed = [
             f"{part.role} {part.path}: its own forward is bypassed by calls of {_shortened(part.through)}."
             for part in self.parts
-            if part.through and part.class_name != "ModuleList"
+            if part.through and part.class_name != "ModuleList" and part.role != "decoder_layers"
         ]
         return (*self.ambiguities, *silent, *bypassed)
 

@@ -27,7 +27,7 @@ class Scope:
     """A place in the program: a module, a method, or a stage of the sample. One per place, not per call.
 
     `stage` is where the scope's own time goes; None leaves that to `kind` or to the enclosing scope.
-    `kind` is one of sample, generate, prepare, features, forward, decoder, layer, module.
+    `kind` is one of sample, input, generate, prepare, features, forward, decoder, stack, layer, module.
     """
 
     path: str

@@ -247,6 +247,10 @@ def plan(model: nn.Module, anatomy: Anatomy, granularity: Granularity) -> Iterat
                 scopes.setdefault(path, _scope(model, path, "module", STAGE_OF_ROLE[part.role]))
         elif part.role in ("decoder", "norm"):
             scopes.setdefault(part.path, _scope(model, part.path, "decoder" if part.role == "decoder" else "module"))
+    if anatomy.path("decoder") is None:
+        # No module holds a pass of the decoder: its first layer begins a step, the others belong to it.
+        for number, path in enumerate(_decoder_layers(anatomy)):
+            scopes.setdefault(path, _scope(model, path, "stack" if number else "decoder"))
     for path in _around_embedding(anatomy):
         scopes.setdefault(path, _scope(model, path, "module", "embed"))
     for path in _around(anatomy):
@@ -301,6 +305,10 @@ def _around_embedding(anatomy: Anatomy) -> Iterator[str]:
 
 def _scope(model: nn.Module, path: str, kind: str, stage: str | None = None) -> Scope:
     return Scope(path or type(model).__name__, kind, stage)
+
+
+def _decoder_layers(anatomy: Anatomy) -> tuple[str, ...]:
+    return next((part.through for part in anatomy.parts if part.role == "decoder_layers"), ())
 
 
 def _layer_paths(modules: Mapping[str, nn.Module], anatomy: Anatomy) -> Iterator[str]:

@@ -26,7 +26,8 @@ from profkit.anatomy import (
     parent,
     within,
 )
-from profkit.trail import Label, Seen, Trail
+from profkit.stacks import Stacks
+from profkit.trail import Label, Trail
 
 AUDIO_ARGUMENT = re.compile(r"audio|speech|sound|wav|mel|^input_(features|values)")
 """Arguments of generate() that hold sound, as processors name them."""
@@ -42,6 +43,7 @@ class _Settling:
         self.model, self.structure, self.trail = model, structure, trail
         self.modules: dict[str, Any] = dict(model.named_modules())
         self.numbers = trail.by_path()
+        self.stacks = Stacks(self.modules, trail)
         self.layers = self._decoder_layers()
         self.embed = structure.path("embed") or self._embedding_that_ran()
         self.language = {above for path in (self.layers, self.embed) if path for above in ancestors(path)}
@@ -80,11 +82,15 @@ class _Settling:
             if within(seen.path, path) and seen.begin > end:
                 through, end = [*through, seen.path], seen.end
         others = tuple(one for one in dict.fromkeys(through) if one != path)
+        if role == "decoder_layers":
+            others = tuple(f"{path}.{name}" for name in self.modules[path]._modules)
         return Part(role, path, type(self.modules[path]).__name__, ", ".join([*found_by, "probe"]), through=others)
 
     def _calls(self) -> dict[str, Calls]:
         """Return how often each module ran in which phase; 0 for those that did not."""
-        begins = [self._forward_around(number) for number in self.numbers.get(self._decoder() or "", [])]
+        first_layer = next((path for path in self.numbers if parent(path) == self.layers), "")
+        passes = self.numbers.get(self._decoder() or first_layer, [])
+        begins = [self._forward_around(number) for number in passes]
         begins = list(dict.fromkeys(begins))
         first, second = [*begins, *[len(self.trail.calls) * 2] * 2][:2]
         result = {}
@@ -196,9 +202,9 @@ class _Settling:
         fed_by = {roles.get(source) for source in sources}
         if not has_weights(self.modules[branch]):
             return "language" if "language" in fed_by else "nothing"
-        has_stack = bool(self._stacks(branch))
+        has_stack = bool(self.stacks.within(branch))
         if self.embed in sources or self.layers in sources:
-            if any(not self._is_fed_by_text(stack) for stack in self._stacks(branch)):
+            if any(not self._is_fed_by_text(stack) for stack in self.stacks.within(branch)):
                 return "wrapper"
             joint = has_stack and self.layers not in sources and not self._inside_decoder(branch)
             return "encoder" if joint else "language"
@@ -224,47 +230,6 @@ class _Settling:
         own = [seen for seen in self.trail.calls if within(seen.path, branch)]
         return any(outer.begin < seen.begin < outer.end for outer in around for seen in own)
 
-    def _stacks(self, root: str) -> list[str]:
-        """Return the outermost lists of layers in a module that ran: lists whose members feed one another."""
-        lists = [path for path in self.modules if within(path, root) and self._is_list_that_ran(path)]
-        # A single layer could be a single merger as well: it counts only where nothing surer is found.
-        return outermost(path for path in lists if self._is_stack(path)) or outermost(
-            path for path in lists if self._is_deep(path)
-        )
-
-    def _is_list_that_ran(self, path: str) -> bool:
-        return type(self.modules[path]).__name__ in ("ModuleList", "Sequential") and self._fired(path)
-
-    def _members(self, path: str) -> list[str]:
-        """Return the members of a list that hold other modules with weights."""
-        # A module that is shared is known by its first path alone.
-        members = [one for name in self.modules[path]._modules if (one := f"{path}.{name}") in self.modules]
-        return [one for one in members if any(has_weights(child) for child in self.modules[one].children())]
-
-    def _is_deep(self, path: str) -> bool:
-        """Tell whether members of a list hold modules that hold modules with weights, as layers hold attention."""
-        inner = [
-            grand for one in self._members(path) for child in self.modules[one].children() for grand in child.children()
-        ]
-        return type(self.modules[path]).__name__ == "ModuleList" and any(map(has_weights, inner))
-
-    def _is_stack(self, path: str) -> bool:
-        if is_layer_list(self.modules[path]):
-            return True
-        composite = self._members(path)
-        for member in composite[1:]:
-            others = [one for one in composite if one != member]
-            fed_by = [label for seen in self._outermost_calls(member) for label in seen.fed_by]
-            inner = self.trail.back(fed_by, stop=lambda at: any(within(at, one) for one in composite))
-            if any(within(at, one) for at in self.trail.paths(inner) for one in others):
-                return True
-        return False
-
-    def _outermost_calls(self, path: str) -> list[Seen]:
-        """Return the calls of a module, or, where it was never called itself, of what was called in it."""
-        inside = [one for one in self.numbers if within(one, path)]
-        return [self.trail.calls[number] for one in outermost(inside) for number in self.numbers[one]]
-
     # -- towers --------------------------------------------------------------------------------
 
     def _descend(self, roles: dict[str, str]) -> bool:
@@ -272,7 +237,7 @@ class _Settling:
         before = len(self.trunk)
         self.trunk.update(branch for branch, role in roles.items() if role == "wrapper")
         for branch in [branch for branch, role in roles.items() if role == "tower"]:
-            for stack in self._stacks(branch):
+            for stack in self.stacks.within(branch):
                 self.trunk.update(ancestors(self._tower_root(branch, stack)))
         return len(self.trunk) > before
 
@@ -306,7 +271,7 @@ class _Settling:
 
         Where a projector follows outside, only what sits between layers and leaves fewer tokens counts.
         """
-        stacks = self._stacks(tower)
+        stacks = self.stacks.within(tower)
         chain = {above for stack in stacks for above in ancestors(stack) if within(above, tower)}
         leaving = self._labels_within(tower, self._made_of_outside(tower))
         if any(not self._output(label).floating for label in leaving) or self._makes_token_ids(tower):
@@ -363,7 +328,7 @@ class _Settling:
 
     def _shrinks(self, path: str) -> bool:
         """Tell whether a module makes fewer tokens of the same width."""
-        for seen in self._outermost_calls(path):
+        for seen in self.stacks.calls(path):
             if seen.outputs and seen.shapes_in:
                 given, made = seen.shapes_in[0], seen.outputs[0].shape
                 if given[-1:] == made[-1:] and _size(made) < _size(given):

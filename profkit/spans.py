@@ -117,7 +117,7 @@ class Spans:
     def stage_rule(self) -> np.ndarray:
         """For each span the nearest scope around it that says where its time goes."""
         with_rule = self._fixed_stage_of_span >= 0
-        for kind in ("sample", "generate", "forward", "decoder"):
+        for kind in ("sample", "generate", "forward", "decoder", "stack"):
             with_rule |= self.is_kind(kind)
         return self.nearest(with_rule)
 
@@ -216,9 +216,10 @@ class Spans:
         if not len(self):
             return np.empty(0, dtype=np.int64)
         rule = self.stage_rule[owner]
-        kind = {name: self.is_kind(name)[rule] & (rule >= 0) for name in ("generate", "forward", "decoder")}
+        kind = {name: self.is_kind(name)[rule] & (rule >= 0) for name in ("generate", "forward", "decoder", "stack")}
+        in_stack = kind["decoder"] | kind["stack"]
         result = np.full(len(owner), stages.INDEX["other"])
-        result[kind["decoder"]] = self._phase()[kind["decoder"]]
+        result[in_stack] = self._phase()[in_stack]
         result[kind["generate"]] = self._loop_stage()[kind["generate"]]
         result[kind["forward"]] = np.where(self._is_merge(), stages.INDEX["merge"], stages.INDEX["other"])[
             kind["forward"]
@@ -233,15 +234,36 @@ class Spans:
         return np.where(prefill, stages.INDEX["prefill"], stages.INDEX["decode"])
 
     def _loop_stage(self) -> np.ndarray:
-        """generate()'s own time: setup until its first forward begins, then the selection of tokens."""
+        """generate()'s own time: setup until its first forward begins, then the selection of tokens.
+
+        What it does itself between encoders, and between them and the embedding, is merge.
+        """
         position = np.arange(len(self.owner))
         loop = np.maximum(self.stage_rule[np.maximum(self.owner, 0)], 0)
         forwards = self.begin[self.steps.outermost]
         made_before_loop = np.searchsorted(forwards, self.begin[loop])
         made = np.searchsorted(forwards, position, side="right") - made_before_loop
         made_in_all = np.searchsorted(forwards, self.end[loop]) - made_before_loop
-        stage = np.where(made == 0, stages.INDEX["setup"], stages.INDEX["select"])
+        setup = np.where(self._is_among_encoders(position), stages.INDEX["merge"], stages.INDEX["setup"])
+        stage = np.where(made == 0, setup, stages.INDEX["select"])
         return np.where(made_in_all > 0, stage, stages.INDEX["other"])
+
+    def _is_among_encoders(self, position: np.ndarray) -> np.ndarray:
+        """Return which segments lie between the first encoder and the last encoder or embedding before a forward."""
+        media, row = self._is_media, np.maximum(self.step, 0)
+        if not len(self.steps) or not media.any():
+            return np.zeros(len(position), dtype=bool)
+        parts = np.flatnonzero(media | (self._fixed_stage_of_span == stages.INDEX["embed"]))
+        begin, end = self.begin[media], np.append(NOBODY, np.sort(self.end[parts]))
+        forward = self.begin[self.steps.outermost]
+        start = self.steps.start
+        first = np.append(begin, len(self.marks))[np.searchsorted(begin, start)]
+        last = end[np.searchsorted(end, forward) - 1]
+        return (self.step >= 0) & (position >= first[row]) & (position < last[row])
+
+    @cached_property
+    def _is_media(self) -> np.ndarray:
+        return np.isin(self._fixed_stage_of_span, [stages.INDEX[name] for name in stages.MEDIA])
 
     def _is_merge(self) -> np.ndarray:
         """A forward's own time before the decoder, once media were encoded in this prompt or iteration."""
@@ -249,8 +271,7 @@ class Spans:
         if not len(self.steps):
             return np.zeros(len(position), dtype=bool)
         row = np.maximum(step, 0)
-        media = np.isin(self._fixed_stage_of_span, [stages.INDEX[name] for name in stages.MEDIA])
-        begins = np.append(self.begin[media], len(position))
+        begins = np.append(self.begin[self._is_media], len(position))
         latest = np.append(NOBODY, begins)[np.searchsorted(begins, position, side="left")]
         since = np.where(self.steps.prefill, self.begin[self.steps.call], self.steps.start)[row]
         return (step >= 0) & (position < self.begin[self.steps.span][row]) & (latest >= since)

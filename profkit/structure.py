@@ -67,7 +67,7 @@ class _Tree:
         module = self.modules[path]
         # A list is never called itself: its members stand for it.
         members = tuple(f"{path}.{name}" for name, _ in module.named_children())
-        through = members if type(module).__name__ == "ModuleList" else ()
+        through = members if type(module).__name__ == "ModuleList" or role == "decoder_layers" else ()
         return Part(role, path, type(module).__name__, found_by, through=through)
 
     def _accessor(self, name: str, **arguments: Any) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch import nn
 
 from profkit import models
 from profkit.events import Events
@@ -119,3 +120,92 @@ def small_llava() -> tuple[Any, dict[str, Any]]:
     image = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(1))
     kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": image}
     return model, {**kwargs, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+
+
+class VisualTower(nn.Module):
+    """A wrapper that is never called: EventGPT's, and LLaVA's own code, have one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual_tower = transformers.CLIPVisionModel(
+            transformers.CLIPVisionConfig(
+                hidden_size=32,
+                intermediate_size=37,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                image_size=28,
+                patch_size=14,
+            )
+        )
+
+
+class EventModel(transformers.LlamaForCausalLM):
+    """A language model with a tower, a projector and an adaptor inside, after EventGPT's manner.
+
+    Its generate() encodes frame by frame, pools outside modules, and hands embeddings to the plain generate().
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.visual_tower = VisualTower()
+        self.model.visual_projector = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
+        self.model.feature_adaptor = nn.Linear(32, 32)
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor, event_tensors: list[list[torch.Tensor]], **kwargs: Any) -> torch.Tensor:
+        """Answer a prompt of ids in which -200 stands for the events."""
+        frames = []
+        for frame in event_tensors[0]:
+            features = self.model.visual_tower.visual_tower(frame[None]).last_hidden_state
+            frames.append(self.model.feature_adaptor(self.model.visual_projector(features))[0])
+        stacked = torch.stack(frames)
+        events = torch.cat([stacked.mean(1), stacked.mean(0)])
+        place = int((inputs[0] == -200).nonzero())
+        before, after = (self.model.embed_tokens(part) for part in (inputs[0, :place], inputs[0, place + 1 :]))
+        return super().generate(inputs_embeds=torch.cat([before, events, after])[None], **kwargs)
+
+
+def event_model() -> tuple[EventModel, dict[str, Any]]:
+    """An EventModel of two layers, and generate() arguments for five tokens about five frames."""
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, vocab_size=99, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    frames = [torch.randn(3, 28, 28) for _ in range(5)]
+    kwargs = {"inputs": torch.tensor([[1, 5, -200, 6, 7]]), "event_tensors": [frames]}
+    return EventModel(config).eval(), {**kwargs, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+
+
+class Block(nn.Module):
+    """A residual layer of no library."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix, self.feed = nn.Linear(width, width), nn.Sequential(nn.Linear(width, width), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Mix with the mean of what came before, then feed forward."""
+        return x + self.feed(self.mix(x).cumsum(1))
+
+
+class HomeMade(nn.Module):
+    """An image-to-text model that uses nothing of transformers: no accessors, no configuration, no base class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eye = nn.Sequential(*(Block(12) for _ in range(2)))
+        self.bridge = nn.Linear(12, 16)
+        self.words = nn.Embedding(50, 16)
+        self.blocks = nn.ModuleList(Block(16) for _ in range(3))
+        self.out = nn.Linear(16, 50)
+
+    @torch.no_grad()
+    def generate(self, picture: torch.Tensor, ids: torch.Tensor, max_new_tokens: int = 8, **_: Any) -> torch.Tensor:
+        """Greedy, without a cache: every step reads everything."""
+        seen = self.bridge(self.eye(picture))
+        for _ in range(max_new_tokens):
+            hidden = torch.cat([seen, self.words(ids)], 1)
+            for block in self.blocks:
+                hidden = block(hidden)
+            ids = torch.cat([ids, self.out(hidden[:, -1:]).argmax(-1)], 1)
+        return ids

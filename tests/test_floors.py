@@ -14,8 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "profkit"
 FLOORS = {
     1: {"stages", "errors", "stats"},
     2: {"ledger", "events", "anatomy", "trail", "wrapping", "clock", "environment", "processors"},
-    3: {"spans", "chrome", "structure", "roles", "models", "samples"},
-    4: {"attribution", "probes"},
+    3: {"spans", "chrome", "structure", "stacks", "models", "samples"},
+    4: {"attribution", "probes", "roles"},
     5: {"tables", "tracks", "kineto", "probing"},
     6: {"run", "dummies"},
     7: {"inspection", "text"},
