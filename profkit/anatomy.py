@@ -5,9 +5,11 @@ Nothing here imports torch: modules are told apart by what they hold and by the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from profkit.errors import InputError
 
 ROLES = (
     "vision_tower",
@@ -20,6 +22,10 @@ ROLES = (
     "embed",
     "lm_head",
 )
+
+
+PartNames = Mapping[str, str | Sequence[str]]
+"""Parts as a user names them: role → path or paths."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,20 @@ class Anatomy:
         """Return a copy with each part's calls taken from calls per path; parts missing there were not observed."""
         return replace(self, parts=tuple(replace(part, calls=_calls_of(part, calls)) for part in self.parts))
 
+    def corrected(self, parts: PartNames) -> Anatomy:
+        """Return a copy with the parts of some roles named by the user: role → path or paths.
+
+        Raises InputError for a role that does not exist.
+        """
+        kept = [part for part in self.parts if part.role not in parts]
+        check_roles(parts)
+        for role, paths in parts.items():
+            before = {part.path: part for part in self.parts}
+            for path in [paths] if isinstance(paths, str) else paths:
+                same = before.get(path, Part(role, path, "", "user"))
+                kept.append(replace(same, role=role, found_by="user"))
+        return replace(self, parts=tuple(sorted(kept, key=lambda part: ROLES.index(part.role))))
+
     def to_record(self) -> dict[str, Any]:
         """Return everything as plain values; from_record() reads it."""
         return asdict(self)
@@ -117,6 +137,13 @@ class Anatomy:
 
         parts = tuple(part(one) for one in record["parts"])
         return cls(record["model_class"], parts, tuple(record["ambiguities"]), dict(record["features"]))
+
+
+def check_roles(names: Iterable[str]) -> None:
+    """Raise InputError for a role that does not exist."""
+    for name in names:
+        if name not in ROLES:
+            raise InputError(f"There is no role {name!r}: choose one of {', '.join(ROLES)}.")
 
 
 def _calls_of(part: Part, calls: Mapping[str, Calls]) -> Calls | None:

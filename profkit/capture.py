@@ -20,7 +20,7 @@ from torch import nn
 
 from profkit import attribution, chrome, environment, inspection, kineto, structure, tables, tracks
 from profkit import run as runs
-from profkit.anatomy import Anatomy, Calls
+from profkit.anatomy import Anatomy, Calls, PartNames
 from profkit.clock import DeviceClock
 from profkit.environment import device_of, preserved_random_state, random_state, restore_random_state
 from profkit.errors import InputError, MeasurementError, ProfkitError
@@ -141,6 +141,7 @@ def trace(
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
     anatomy: Anatomy | None = None,
+    parts: PartNames | None = None,
     manifest: Mapping[str, Any] | None = None,
     **plan: Any,
 ) -> Run:
@@ -150,7 +151,8 @@ def trace(
     are added to what it gives to generate(). `plan` may give warmup (1), repeat (5 clean passes, each beside
     an uninstrumented control), granularity ("layer"), profile (True: one pass inside torch.profiler),
     profile_steps (the steps it records: 0 to 4), seed (of every pass; None: the current random state), and
-    progress (called with a sentence as each part begins). The random state is left as it was.
+    progress (called with a sentence as each part begins). The random state is left as it was. `parts` names parts
+    that are known better than inspect() finds them, `anatomy` all of them.
 
     Raises InputError for a target that cannot be written, AnatomyError for a model that cannot be measured,
     MeasurementError if generate() fails.
@@ -164,7 +166,7 @@ def trace(
     if (sample is None) == (generate_kwargs is None):
         raise InputError("trace() takes either generate_kwargs or a sample, not both and not neither.")
     with preserved_random_state():
-        tracing = _Tracing(model, sample, {**(generate_kwargs or {}), **(options or {})}, anatomy, what)
+        tracing = _Tracing(model, sample, {**(generate_kwargs or {}), **(options or {})}, anatomy, parts, what)
         result = tracing.run(dict(manifest or {}))
     if target is not None:
         result.save(target, force)
@@ -175,10 +177,17 @@ class _Tracing:
     """One trace(): runs the passes in order and puts the Run together."""
 
     def __init__(
-        self, model: nn.Module, sample: Sample | None, kwargs: dict[str, Any], anatomy: Anatomy | None, plan: Plan
+        self,
+        model: nn.Module,
+        sample: Sample | None,
+        kwargs: dict[str, Any],
+        anatomy: Anatomy | None,
+        parts: PartNames | None,
+        plan: Plan,
     ) -> None:
         self.model, self.sample, self.kwargs, self.plan = model, sample, kwargs, plan
-        self.anatomy = anatomy or structure.find(model)
+        self.parts = parts or {}
+        self.anatomy = anatomy or structure.find(model, self.parts)
         self.parts_are_known = anatomy is not None
         self.device = device_of(model)
         self.clock = DeviceClock.of(self.device)
@@ -226,7 +235,7 @@ class _Tracing:
     def _find_parts(self) -> None:
         kwargs = self._prepared()
         try:
-            self.anatomy = inspection.anatomy_for(self.model, kwargs)
+            self.anatomy = inspection.anatomy_for(self.model, kwargs, self.parts)
         except Exception as error:
             # If generate() itself cannot run, the passes will say so; else structure alone must do.
             self.faults.append(f"parts are known by structure alone: {error}")

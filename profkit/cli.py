@@ -9,6 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,27 @@ class Command(click.Command):
             ctx.exit(error.exit_status if isinstance(error, ProfkitError) else MeasurementError.exit_status)
 
 
+def _model_options(command: Any) -> Any:
+    """Add the options of every command that loads and runs a model."""
+    devices = "cpu, cuda, cuda:1, xpu, mps; auto: the accelerator if there is one."
+    options = [
+        click.option("--model", help="MODEL by name; then every argument is an input."),
+        click.option("--device", default="auto", help=devices),
+        click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"),
+        click.option("--weights", type=click.Choice(["auto", "real", "random"]), default="auto", help="Of a preset."),
+        click.option("--prompt", help="A question, or a whole prompt with the processor's image placeholders."),
+        click.option(
+            "--part", multiple=True, metavar="ROLE=PATH", help="Name a part yourself, e.g. projector=model.merger."
+        ),
+        click.option("--trust-remote-code", is_flag=True, help="Run code that a checkpoint brings along."),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables."),
+        click.option("--debug", is_flag=True, help="Show tracebacks."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="profkit")
 def cli() -> None:
@@ -59,11 +81,7 @@ def cli() -> None:
 
 @cli.command(cls=Command, context_settings={"show_default": True})
 @click.argument("arguments", nargs=-1, metavar="[MODEL] [INPUTS]...")
-@click.option("--model", help="MODEL by name; then every argument is an input.")
-@click.option("--device", default="auto", help="cpu, cuda, cuda:1, xpu, mps; auto: the accelerator if there is one.")
-@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
-@click.option("--weights", type=click.Choice(["auto", "real", "random"]), default="auto", help="Of a preset.")
-@click.option("--prompt", help="A question, or a whole prompt with the processor's image placeholders.")
+@_model_options
 @click.option("--max-new-tokens", type=click.IntRange(1), default=32)
 @click.option("--warmup", type=click.IntRange(0), default=1, help="Passes before measuring.")
 @click.option("--repeat", type=click.IntRange(1), default=5, help="Clean passes, each beside a control.")
@@ -73,9 +91,6 @@ def cli() -> None:
 @click.option("--seed", type=int, default=0, help="Random state of every pass.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: traces/<model>-<time>]")
 @click.option("--force", is_flag=True, help="Replace the run in --out.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that a checkpoint brings along.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
 def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_json: bool, **options: Any) -> None:
     """Measure an unmodified generate() and say where the time went.
 
@@ -85,7 +100,7 @@ def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_js
 
     Example: profkit trace llava-1.5-7b photo.jpg --weights random --dtype bfloat16
     """
-    name, inputs = (model, arguments) if model else ((*arguments, DEFAULT_MODEL)[0], arguments[1:])
+    name, inputs = _named(arguments, model)
     profile_steps = parse_steps(options["profile_steps"])
     status = Console(stderr=True).status("starting")
     with status:
@@ -96,6 +111,75 @@ def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_js
         _print_report(run, saved)
     if failed := text.failed_checks(run):
         raise MeasurementError(f"The run is saved, but these checks failed: {'; '.join(failed)}.")
+
+
+@cli.command(name="inspect", cls=Command, context_settings={"show_default": True})
+@click.argument("arguments", nargs=-1, metavar="[MODEL] [INPUTS]...")
+@_model_options
+@click.option("--capabilities/--no-capabilities", default=True, help="Also try what the model can do.")
+def inspect_command(arguments: tuple[str, ...], model: str | None, as_json: bool, **options: Any) -> None:
+    """Show where a model's parts are, how each was found, how often it runs, and what the model can do.
+
+    MODEL and INPUTS are those of profkit trace. The model runs a few short generate()s.
+
+    Example: profkit inspect tiny-llava --part projector=model.multi_modal_projector
+    """
+    name, inputs = _named(arguments, model)
+    with Console(stderr=True).status("starting") as status:
+        found, parts, abilities = _inspect(name, inputs, options, status.update)
+    if as_json:
+        click.echo(json.dumps(text.anatomy_as_dict(found, parts, abilities), indent=1, allow_nan=False))
+        return
+    console = Console(highlight=False)
+    for part in text.anatomy_report(found, parts, abilities):
+        console.print(part)
+
+
+def _inspect(name: str, inputs: Sequence[str], options: dict[str, Any], progress: Any) -> tuple[Any, Any, list[Any]]:
+    """Load the model and return its anatomy, the table of its parts and its capabilities."""
+    _quiet_libraries()
+    progress("importing torch and transformers")
+    from profkit import capabilities, inspection
+
+    loaded = _load(name, options, progress)
+    sample = _sample(loaded, inputs, {**options, "max_new_tokens": 4})
+    kwargs = _sample_kwargs(sample) if sample else dict(loaded.generate_kwargs or {})
+    progress("watching a short generate()")
+    found = inspection.inspect(loaded.model, parts=parse_parts(options["part"]), **kwargs)
+    abilities = []
+    if options["capabilities"] and kwargs:
+        progress("trying what the model can do")
+        abilities = [asdict(one) for one in capabilities.measure(loaded.model, found, kwargs)]
+    return found, inspection.part_table(loaded.model, found), abilities
+
+
+def _sample_kwargs(sample: ImageSample) -> dict[str, Any]:
+    return dict(sample.transfer(sample.preprocess(sample.load())))
+
+
+def _load(name: str, options: dict[str, Any], progress: Any) -> Loaded:
+    from profkit import models
+
+    device = models.choose_device(options["device"])
+    dtype = models.DTYPES.get(options["dtype"])
+    progress(f"loading {name}")
+    return models.load_model(name, device, dtype, options["weights"], options["trust_remote_code"])
+
+
+def _named(arguments: tuple[str, ...], model: str | None) -> tuple[str, tuple[str, ...]]:
+    """Return the model's name and the inputs among the arguments."""
+    return (model, arguments) if model else ((*arguments, DEFAULT_MODEL)[0], arguments[1:])
+
+
+def parse_parts(parts: Sequence[str]) -> dict[str, list[str]]:
+    """Return role → paths from words such as projector=model.merger. Raises InputError for others."""
+    named: dict[str, list[str]] = {}
+    for word in parts:
+        role, equals, path = word.partition("=")
+        if not (role and equals and path):
+            raise InputError(f"--part {word!r} is not role=path, such as projector=model.multi_modal_projector.")
+        named.setdefault(role, []).append(path)
+    return named
 
 
 def _print_report(run: Run, saved: Path) -> None:
@@ -121,13 +205,10 @@ def _measure(
     target = out or _new_directory(name)
     _quiet_libraries()
     progress("importing torch and transformers")
-    from profkit import capture, models, run
+    from profkit import capture, run
 
     run.check_target(target, options["force"])
-    device = models.choose_device(options["device"])
-    dtype = models.DTYPES.get(options["dtype"])
-    progress(f"loading {name}")
-    loaded = models.load_model(name, device, dtype, options["weights"], options["trust_remote_code"])
+    loaded = _load(name, options, progress)
     sample = _sample(loaded, inputs, options)
     if sample and options["profile"] and min(profile_steps) >= options["max_new_tokens"]:
         raise InputError(
@@ -147,6 +228,7 @@ def _measure(
             "model_load_ms": loaded.load_ms,
             **({"inputs": sample.hashes()} if sample else {}),
         },
+        parts=parse_parts(options["part"]),
         profile=options["profile"],
         profile_steps=profile_steps,
         progress=progress,

@@ -243,13 +243,13 @@ def plan(model: nn.Module, anatomy: Anatomy, granularity: Granularity) -> Iterat
     scopes: dict[str, Scope] = {}
     for part in anatomy.parts:
         if part.role in STAGE_OF_ROLE:
-            for path in (part.path, *part.through):
+            for path in (*_callable(modules, part.path), *part.through):
                 scopes.setdefault(path, _scope(model, path, "module", STAGE_OF_ROLE[part.role]))
         elif part.role in ("decoder", "norm"):
             scopes.setdefault(part.path, _scope(model, part.path, "decoder" if part.role == "decoder" else "module"))
     if anatomy.path("decoder") is None:
         # No module holds a pass of the decoder: its first layer begins a step, the others belong to it.
-        for number, path in enumerate(_decoder_layers(anatomy)):
+        for number, path in enumerate(_callable(modules, anatomy.path("decoder_layers") or "")):
             scopes.setdefault(path, _scope(model, path, "stack" if number else "decoder"))
     for path in _around_embedding(anatomy):
         scopes.setdefault(path, _scope(model, path, "module", "embed"))
@@ -307,8 +307,13 @@ def _scope(model: nn.Module, path: str, kind: str, stage: str | None = None) -> 
     return Scope(path or type(model).__name__, kind, stage)
 
 
-def _decoder_layers(anatomy: Anatomy) -> tuple[str, ...]:
-    return next((part.through for part in anatomy.parts if part.role == "decoder_layers"), ())
+def _callable(modules: Mapping[str, nn.Module], path: str) -> list[str]:
+    """Return the module, or, for a list, which is never called itself, its members. InputError if there is none."""
+    if path not in modules:
+        raise InputError(f"{type(modules['']).__name__} has no module {path!r}: the anatomy is of another model.")
+    if not isinstance(modules[path], nn.ModuleList | nn.Sequential) or isinstance(modules[path], nn.Sequential):
+        return [path]
+    return [f"{path}.{name}" for name, _ in modules[path].named_children()]
 
 
 def _layer_paths(modules: Mapping[str, nn.Module], anatomy: Anatomy) -> Iterator[str]:

@@ -24,7 +24,16 @@ from profkit.wrapping import Wrappers, unwrap
 NEW_TOKENS = 2
 """A prefill and one decode step: enough to tell what runs once from what runs in every step."""
 
-NOT_FOR_PROBING = ("max_length", "min_length", "max_time", "streamer", "assistant_model", "prompt_lookup_num_tokens")
+NOT_FOR_PROBING = (
+    "max_length",
+    "min_length",
+    "max_time",
+    "streamer",
+    "stopping_criteria",
+    "logits_processor",
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+)
 """Arguments of generate() that would make the short run longer, or would show it to others."""
 
 
@@ -34,15 +43,25 @@ def probe(model: nn.Module, kwargs: Mapping[str, Any]) -> Trail:
     Random state, generation configuration, attributes, buffers and hooks of the model are as before when it
     returns. What generate() raises is passed on.
     """
+    with unwatched(model), preserved_random_state(), _Watch(model) as watch:
+        watch.run(shortened(kwargs, NEW_TOKENS))
+    return watch.trail
+
+
+def shortened(kwargs: Mapping[str, Any], new_tokens: int) -> dict[str, Any]:
+    """Return generate()'s arguments for a short run of `new_tokens` that nobody else sees."""
     short = {key: value for key, value in kwargs.items() if key not in NOT_FOR_PROBING}
-    short |= {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     if "past_key_values" in short:
         short["past_key_values"] = copy.deepcopy(short["past_key_values"])
-    with untouched(model), preserved_random_state():
+    return {**short, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+
+
+@contextmanager
+def unwatched(model: nn.Module) -> Iterator[None]:
+    """Take profkit's own wrappers off for a while, and leave the model untouched."""
+    with untouched(model):
         unwrap(model)
-        with _Watch(model) as watch:
-            watch.run(short)
-    return watch.trail
+        yield
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from profkit.anatomy import (
     Anatomy,
     Calls,
     Part,
+    PartNames,
     ancestors,
     derives_from,
     has_weights,
@@ -33,9 +34,13 @@ AUDIO_ARGUMENT = re.compile(r"audio|speech|sound|wav|mel|^input_(features|values
 """Arguments of generate() that hold sound, as processors name them."""
 
 
-def settle(model: Any, structure: Anatomy, trail: Trail) -> Anatomy:
-    """Return the anatomy of a model from its structure and the trail of a short generate()."""
-    return _Settling(model, structure, trail).anatomy()
+def settle(model: Any, structure: Anatomy, trail: Trail, parts: PartNames | None = None) -> Anatomy:
+    """Return the anatomy of a model from its structure and the trail of a short generate().
+
+    `parts` are those that the user names.
+    """
+    settling = _Settling(model, structure, trail)
+    return settling.anatomy().corrected(parts or {}).with_calls(settling.calls())
 
 
 class _Settling:
@@ -68,10 +73,7 @@ class _Settling:
             if part.role not in SETTLED or (part.role in MEDIA_ROLES and not self._fired(part.path)):
                 parts.append(part)
         parts.sort(key=lambda part: ROLES.index(part.role))
-        result = Anatomy(
-            self.structure.model_class, tuple(parts), self.structure.ambiguities, dict(self.trail.features)
-        )
-        return result.with_calls(self._calls())
+        return Anatomy(self.structure.model_class, tuple(parts), self.structure.ambiguities, dict(self.trail.features))
 
     def _part(self, role: str, path: str) -> Part:
         found_by = [part.found_by for part in self.structure.parts if (part.role, part.path) == (role, path)]
@@ -86,7 +88,7 @@ class _Settling:
             others = tuple(f"{path}.{name}" for name in self.modules[path]._modules)
         return Part(role, path, type(self.modules[path]).__name__, ", ".join([*found_by, "probe"]), through=others)
 
-    def _calls(self) -> dict[str, Calls]:
+    def calls(self) -> dict[str, Calls]:
         """Return how often each module ran in which phase; 0 for those that did not."""
         first_layer = next((path for path in self.numbers if parent(path) == self.layers), "")
         passes = self.numbers.get(self._decoder() or first_layer, [])

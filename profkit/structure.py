@@ -5,13 +5,16 @@ It knows the classic shape: towers beside a decoder under one parent, what else 
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from profkit.anatomy import (
     ROLES,
     Anatomy,
     Part,
+    PartNames,
     ancestors,
+    check_roles,
     derives_from,
     has_weights,
     is_layer_list,
@@ -19,17 +22,28 @@ from profkit.anatomy import (
     parent,
     within,
 )
-from profkit.errors import AnatomyError
+from profkit.errors import AnatomyError, InputError
 
 HEARS = ("input_features", "input_values")
 
 
-def find(model: Any) -> Anatomy:
+def find(model: Any, parts: PartNames | None = None) -> Anatomy:
     """Return the anatomy of a model from its module tree, without running it.
 
-    Raises AnatomyError if it has no generate() or no decoder layers can be found.
+    `parts` are those that the user names: role → path or paths. Raises AnatomyError if the model has no generate() or
+    no decoder layers can be found, InputError if `parts` names a role or a module that does not exist.
     """
-    return _Tree(model).anatomy()
+    parts = parts or {}
+    check_roles(parts)
+    tree = _Tree(model)
+    for role, paths in parts.items():
+        for path in [paths] if isinstance(paths, str) else paths:
+            if path not in tree.modules:
+                near = difflib.get_close_matches(path, tree.modules, n=3)
+                hint = f" (nearest: {', '.join(near)})" if near else ""
+                raise InputError(f"{tree.name} has no module {path!r} to be its {role}{hint}.")
+    layers = parts.get("decoder_layers")
+    return tree.anatomy(layers if isinstance(layers, str) or layers is None else layers[0]).corrected(parts)
 
 
 class _Tree:
@@ -44,9 +58,10 @@ class _Tree:
         self.embed = self._accessor("get_input_embeddings")
         self.head = self._accessor("get_output_embeddings")
 
-    def anatomy(self) -> Anatomy:
+    def anatomy(self, layers_by_user: str | None) -> Anatomy:
         """Return the anatomy."""
-        layers, found_by, notes = self._decoder_layers()
+        named = (layers_by_user, "user", ()) if layers_by_user else None
+        layers, found_by, notes = named or self._decoder_layers()
         decoder = parent(layers)
         encoders = self._encoders(decoder)
         towers = [(role, path, "structure") for path, role in encoders.items()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from profkit import stages
+from profkit.anatomy import Anatomy
 from profkit.run import Run, plain
 
 
@@ -23,6 +24,50 @@ def report(run: Run) -> Iterator[Table | str]:
     yield latency_line(run)
     yield from cost_lines(run)
     yield from check_lines(run)
+
+
+PHASES = ("before", "prefill", "decode")
+
+
+def anatomy_report(
+    anatomy: Anatomy, parts: pd.DataFrame, abilities: Sequence[Mapping[str, Any]]
+) -> Iterator[Table | str]:
+    """Yield the parts as a tree, what a reader must know of them, and the capability table."""
+    yield f"[bold]{escape(anatomy.model_class)}[/bold]"
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("path", no_wrap=True)
+    for name in ("part", "class"):
+        table.add_column(name, overflow="fold")
+    table.add_column("parameters", justify="right")
+    for name in ("dtype", "device", "calls", "found by"):
+        table.add_column(name, overflow="fold")
+    around: list[str] = []
+    for row in parts.to_dict(orient="records"):
+        around = [*around[: row["depth"]], row["path"]]
+        inside = row["depth"] and around[-2]
+        path = f"{'  ' * row['depth']}.{row['path'].removeprefix(inside).lstrip('.')}" if inside else row["path"]
+        calls = " + ".join("–" if pd.isna(row[name]) else str(int(row[name])) for name in PHASES)
+        cells = [path or anatomy.model_class, row["role"], row["class_name"], _count(row["parameters"])]
+        table.add_row(*map(escape, [*cells, row["dtype"], row["device"], calls, row["found_by"]]))
+    yield table
+    yield "[dim]calls: before the first forward + in prefill steps + in decode steps, of a generate() of two tokens[/dim]"
+    for path, count in anatomy.features.items():
+        yield f"outside modules: {escape(path)} ran {count} times; its own time is the stage merge"
+    for note in anatomy.notes:
+        yield f"[yellow]note: {escape(note)}[/yellow]"
+    if abilities:
+        yield capability_table(abilities)
+
+
+def capability_table(abilities: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the questions, answers and what was seen."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("tried on this model", "answer", "seen"):
+        table.add_column(name, overflow="fold")
+    answers = {True: "yes", False: "no", None: "–"}
+    for one in abilities:
+        table.add_row(escape(one["question"]), answers[one["answer"]], escape(one["evidence"]))
+    return table
 
 
 def headline(run: Run) -> str:
@@ -145,6 +190,20 @@ def as_dict(run: Run, path: Path | None = None) -> dict[str, Any]:
             "checks": run.manifest.get("checks", {}),
             "anatomy": run.anatomy.to_dict(),
             "notes": [*run.anatomy.notes, *run.manifest.get("faults", [])],
+        }
+    )
+
+
+def anatomy_as_dict(anatomy: Anatomy, parts: pd.DataFrame, abilities: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what anatomy_report() shows, as plain values."""
+    return plain(
+        {
+            "model_class": anatomy.model_class,
+            "roles": anatomy.to_dict(),
+            "parts": parts.drop(columns="depth").to_dict(orient="records"),
+            "features": anatomy.features,
+            "notes": anatomy.notes,
+            "capabilities": abilities,
         }
     )
 

@@ -18,23 +18,13 @@ FLOORS = {
     4: {"attribution", "probes", "roles"},
     5: {"tables", "tracks", "kineto", "probing"},
     6: {"run", "dummies"},
-    7: {"inspection", "text"},
+    7: {"inspection", "capabilities", "text"},
     8: {"capture"},
     9: {"cli"},
 }
 WITH_TORCH = {
-    "clock",
-    "environment",
-    "processors",
-    "models",
-    "samples",
-    "probes",
-    "kineto",
-    "probing",
-    "capture",
-    "wrapping",
-    "dummies",
-    "inspection",
+    *("clock", "environment", "wrapping", "processors", "models", "samples", "probes", "kineto", "probing"),
+    *("dummies", "inspection", "capabilities", "capture"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
