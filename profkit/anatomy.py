@@ -90,9 +90,14 @@ class Anatomy:
         bypassed = [
             f"{part.role} {part.path}: its own forward is bypassed by calls of {_shortened(part.through)}."
             for part in self.parts
-            if part.through and part.class_name != "ModuleList" and part.role != "decoder_layers"
+            if part.through and part.class_name != "ModuleList" and part.role not in ("decoder_layers", "embed")
         ]
-        return (*self.ambiguities, *silent, *bypassed)
+        compiled = [
+            f"{part.role} {part.path} is compiled: it is timed with all that is compiled with it."
+            for part in self.parts
+            if "_orig_mod" in part.path.split(".")
+        ]
+        return (*self.ambiguities, *silent, *bypassed, *compiled)
 
     def to_dict(self) -> dict[str, Any]:
         """Return role → path or paths: vision_towers, audio_towers, projectors, decoder_layers, embed, lm_head."""
@@ -197,10 +202,20 @@ def derives_from(module: Any, class_name: str) -> bool:
 
 
 def has_weights(module: Any) -> bool:
-    """Tell whether a module or one in it holds parameters."""
-    return next(iter(module.parameters()), None) is not None
+    """Tell whether a module or one in it holds weights, quantised ones included."""
+    if next(iter(module.parameters()), None) is not None:
+        return True
+    return _holds_quantised(module)
 
 
 def is_norm(module: Any) -> bool:
     """Tell whether a module only scales and shifts: it has weights, and none of more than one dimension."""
-    return has_weights(module) and all(weight.dim() <= 1 for weight in module.parameters())
+    weights = list(module.parameters())
+    return bool(weights) and all(weight.dim() <= 1 for weight in weights) and not _holds_quantised(module)
+
+
+def _holds_quantised(module: Any) -> bool:
+    """Quantised layers keep matrices in buffers, or behind a method weight() that unpacks them."""
+    packed = ("torch.int8", "torch.uint8", "torch.int32")
+    matrices = any(buffer.dim() > 1 and str(buffer.dtype) in packed for buffer in module.buffers())
+    return matrices or any(callable(getattr(one, "weight", None)) for one in module.modules())

@@ -25,10 +25,11 @@ from profkit.clock import DeviceClock
 from profkit.environment import device_of, preserved_random_state, random_state, restore_random_state
 from profkit.errors import InputError, MeasurementError, ProfkitError
 from profkit.ledger import Ledger, Marks, Scope, Scopes
-from profkit.probes import GRANULARITIES, Call, Granularity, Instrument, sequences
+from profkit.plan import GRANULARITIES, Granularity
+from profkit.probes import Call, Instrument, sequences
 from profkit.run import Pass, Run
 from profkit.spans import Spans
-from profkit.wrapping import Wrappers
+from profkit.wrapping import Wrappers, unwrapped
 
 SAMPLE = Scope("sample", "sample")
 INPUT_STAGES = ("load", "preprocess", "transfer")
@@ -82,6 +83,7 @@ def profile(model: nn.Module, *, granularity: Granularity = "layer", anatomy: An
     Without `anatomy` the parts are found as inspect() finds them: ahead of the first model.generate() in the body,
     with its arguments, in a short run of its own that is not measured.
     """
+    model = unwrapped(model)
     found = anatomy or structure.find(model)
     scopes = Scopes()
     ledger = Ledger(scopes)
@@ -157,7 +159,7 @@ def trace(
     Raises InputError for a target that cannot be written, AnatomyError for a model that cannot be measured,
     MeasurementError if generate() fails.
     """
-    what = Plan(**plan)
+    what, model = Plan(**plan), unwrapped(model)
     target = Path(out) if out is not None else None
     if target is not None:
         runs.check_target(target, force)

@@ -14,6 +14,7 @@ from torch import nn
 from profkit import dummies, probing, roles, structure
 from profkit.anatomy import Anatomy, PartNames, within
 from profkit.errors import AnatomyError
+from profkit.wrapping import unwrapped
 
 _remembered: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], Anatomy]] = WeakKeyDictionary()
 
@@ -28,9 +29,10 @@ def inspect(model: nn.Module, *, parts: PartNames | None = None, **generate_kwar
     Raises AnatomyError if the model has no generate(), is on the meta device, refuses the inputs or holds no decoder;
     InputError if `parts` names a role or a module that does not exist.
     """
-    parts = parts or {}
+    parts, model = parts or {}, unwrapped(model)
     found = structure.find(model, parts)
-    if any(parameter.is_meta for parameter in model.parameters()):
+    # A model that is offloaded keeps its weights elsewhere and brings them as they are needed.
+    if any(parameter.is_meta for parameter in model.parameters()) and not hasattr(model, "hf_device_map"):
         raise AnatomyError(
             f"{found.model_class} has parameters on the meta device, so it cannot run: load its weights, or make "
             "random ones with model.to_empty(device=…)."

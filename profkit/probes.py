@@ -8,37 +8,25 @@ against 1 % of a dispatch-bound run), and they are skipped on Ctrl-C, where a `f
 from __future__ import annotations
 
 import functools
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
-from profkit.anatomy import Anatomy, ancestors, is_layer_list, within
+from profkit.anatomy import Anatomy
 from profkit.clock import DeviceClock
 from profkit.errors import InputError
 from profkit.ledger import Ledger, Scope
+from profkit.plan import GRANULARITIES, Granularity, forwards, methods
 from profkit.wrapping import Wrappers
-
-Granularity = Literal["stage", "layer", "module"]
-GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 
 Method = Callable[..., Any]
 Marker = Callable[[int], int]
 MarkerWrapper = Callable[[Marker], Marker]
 
-STAGE_OF_ROLE = {
-    "vision_tower": "vision",
-    "audio_tower": "audio",
-    "projector": "projector",
-    "encoder": "prefill",
-    "embed": "embed",
-    "lm_head": "head",
-}
-FEATURES = re.compile(r"get_(\w+_)?features")
 TOKEN_INPUTS = ("inputs_embeds", "input_ids", "hidden_states")
 
 
@@ -134,8 +122,8 @@ class Instrument:
 
     def _attach_parts(self) -> None:
         self._parts = Wrappers()
-        for module, scope in plan(self._model, self.anatomy, self._granularity):
-            self._attach(self._parts, module, "forward", scope)
+        for module, name, scope in forwards(self._model, self.anatomy, self._granularity):
+            self._attach(self._parts, module, name, scope)
         for module, name, scope in methods(self._model, self.anatomy):
             if module is not self._model or name != "generate":
                 self._attach(self._parts, module, name, scope)
@@ -202,17 +190,35 @@ class Instrument:
         def probe(*args: Any, **kwargs: Any) -> Any:
             if not wrappers.active:
                 return bound(*args, **kwargs)
-            output = None
+            output, other = None, Wrappers()
             index = mark(code)
             try:
-                self._note(index, lambda: tokens_to_read(args, kwargs))
+                self._note(index, lambda: self._tokens_to_read(args, kwargs))
+                self._watch_assistant(other, kwargs.get("assistant_model"))
                 output = bound(*args, **kwargs)
                 return output
             finally:
+                other.remove()
                 mark(-code)
                 self._keep_call(args, kwargs, output)
 
         return probe
+
+    def _tokens_to_read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        if getattr(getattr(self._model, "config", None), "is_encoder_decoder", False):
+            # The prompt is the encoder's; the decoder begins with a token, or what it is given.
+            begin = kwargs.get("decoder_input_ids")
+            return int(begin.shape[1]) if isinstance(begin, torch.Tensor) else 1
+        return tokens_to_read(args, kwargs)
+
+    def _watch_assistant(self, wrappers: Wrappers, assistant: Any) -> None:
+        """Assisted decoding runs another model inside generate(): its time is `other`, with a row of its own."""
+        if isinstance(assistant, nn.Module):
+            try:
+                self._attach(wrappers, assistant, "forward", Scope("assistant_model", "module", "other"))
+                wrappers.active = True
+            except Exception as error:
+                self.ledger.fault(error, "assistant model")
 
     def _note(self, index: int, tokens: Callable[[], int]) -> None:
         try:
@@ -235,94 +241,6 @@ class Instrument:
             self.calls.append(Call(prompt_of(args, kwargs), sequences(output)))
         except Exception as error:
             self.ledger.fault(error, "outputs of generate()")
-
-
-def plan(model: nn.Module, anatomy: Anatomy, granularity: Granularity) -> Iterator[tuple[nn.Module, Scope]]:
-    """Yield each module whose forward is probed, with its scope, each module once."""
-    modules = dict(model.named_modules())
-    scopes: dict[str, Scope] = {}
-    for part in anatomy.parts:
-        if part.role in STAGE_OF_ROLE:
-            for path in (*_callable(modules, part.path), *part.through):
-                scopes.setdefault(path, _scope(model, path, "module", STAGE_OF_ROLE[part.role]))
-        elif part.role in ("decoder", "norm"):
-            scopes.setdefault(part.path, _scope(model, part.path, "decoder" if part.role == "decoder" else "module"))
-    if anatomy.path("decoder") is None:
-        # No module holds a pass of the decoder: its first layer begins a step, the others belong to it.
-        for number, path in enumerate(_callable(modules, anatomy.path("decoder_layers") or "")):
-            scopes.setdefault(path, _scope(model, path, "stack" if number else "decoder"))
-    for path in _around_embedding(anatomy):
-        scopes.setdefault(path, _scope(model, path, "module", "embed"))
-    for path in _around(anatomy):
-        scopes.setdefault(path, _scope(model, path, "forward"))
-    if granularity != "stage":
-        for path in _layer_paths(modules, anatomy):
-            scopes.setdefault(path, _scope(model, path, "layer"))
-            for name, child in modules[path].named_children():
-                if within(path, anatomy.path("decoder") or "") and next(child.children(), None) is not None:
-                    scopes.setdefault(f"{path}.{name}", _scope(model, f"{path}.{name}", "module"))
-    if granularity == "module":
-        for path in modules:
-            scopes.setdefault(path, _scope(model, path, "module"))
-    for path, scope in scopes.items():
-        yield modules[path], scope
-
-
-def methods(model: nn.Module, anatomy: Anatomy) -> Iterator[tuple[nn.Module, str, Scope]]:
-    """Yield (module, method name, scope) for the methods to probe, on every module around the parts."""
-    modules = dict(model.named_modules())
-    for path in dict.fromkeys((*_around(anatomy), "")):
-        module = modules[path]
-        for name in dir(type(module)):
-            if name in ("generate", "prepare_inputs_for_generation"):
-                kind, stage = ("generate", None) if name == "generate" else ("prepare", "setup")
-            elif FEATURES.fullmatch(name):
-                kind, stage = "features", "merge"
-            else:
-                continue
-            if callable(getattr(module, name, None)):
-                yield module, name, Scope(f"{path}.{name}()".lstrip("."), kind, stage)
-
-
-def _around(anatomy: Anatomy) -> Iterator[str]:
-    """Yield the modules around the decoder, then those around the other parts, each part's own insides aside."""
-    yield from ancestors(anatomy.path("decoder") or "")
-    inside = [part.path for part in anatomy.parts if part.role in (*STAGE_OF_ROLE, "decoder")]
-    for part in anatomy.parts:
-        if part.role in STAGE_OF_ROLE:
-            yield from (above for above in ancestors(part.path) if not any(within(above, path) for path in inside))
-
-
-def _around_embedding(anatomy: Anatomy) -> Iterator[str]:
-    """Yield the modules around the token embedding that hold no other part: positions, types and norms."""
-    embed = anatomy.path("embed")
-    others = [part.path for part in anatomy.parts if part.role != "embed"]
-    for above in ancestors(embed) if embed else ():
-        if any(within(path, above) for path in others):
-            return
-        yield above
-
-
-def _scope(model: nn.Module, path: str, kind: str, stage: str | None = None) -> Scope:
-    return Scope(path or type(model).__name__, kind, stage)
-
-
-def _callable(modules: Mapping[str, nn.Module], path: str) -> list[str]:
-    """Return the module, or, for a list, which is never called itself, its members. InputError if there is none."""
-    if path not in modules:
-        raise InputError(f"{type(modules['']).__name__} has no module {path!r}: the anatomy is of another model.")
-    if not isinstance(modules[path], nn.ModuleList | nn.Sequential) or isinstance(modules[path], nn.Sequential):
-        return [path]
-    return [f"{path}.{name}" for name, _ in modules[path].named_children()]
-
-
-def _layer_paths(modules: Mapping[str, nn.Module], anatomy: Anatomy) -> Iterator[str]:
-    """Yield the layers of the decoder and of the towers."""
-    homes = [anatomy.path("decoder_layers"), *anatomy.paths("vision_tower"), *anatomy.paths("audio_tower")]
-    for path, module in modules.items():
-        named = path == anatomy.path("decoder_layers")
-        if named or (is_layer_list(module) and any(home is not None and within(path, home) for home in homes)):
-            yield from (f"{path}.{name}" for name, _ in module.named_children())
 
 
 def sequence_length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from profkit.environment import preserved_random_state
-from profkit.probes import FEATURES, prompt_of
+from profkit.plan import FEATURES
+from profkit.probes import prompt_of
 from profkit.trail import NOTHING, Labels, Output, Seen, Trail
 from profkit.wrapping import Wrappers, unwrap
 
@@ -119,7 +120,8 @@ class _Watch:
             if tensors and not any(_is_text(tensor, prompt) for tensor in tensors):
                 media.add(name)
         self.trail.media = frozenset(media)
-        with self._labels:
+        # Compiled parts run as they were written, for else there would be nothing to watch in them.
+        with self._labels, torch.compiler.set_stance("force_eager"):
             self._model.generate(**kwargs)  # type: ignore[operator]
 
     def _watched(self, path: str, bound: Any) -> Any:

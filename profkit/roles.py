@@ -84,9 +84,16 @@ class _Settling:
             if within(seen.path, path) and seen.begin > end:
                 through, end = [*through, seen.path], seen.end
         others = tuple(one for one in dict.fromkeys(through) if one != path)
+        if role == "embed":
+            others = tuple(one for one in self.numbers if one != path and self._is_tied(one, path))
         if role == "decoder_layers":
             others = tuple(f"{path}.{name}" for name in self.modules[path]._modules)
         return Part(role, path, type(self.modules[path]).__name__, ", ".join([*found_by, "probe"]), through=others)
+
+    def _is_tied(self, path: str, other: str) -> bool:
+        """Tell whether two embeddings share their weights, as those of encoder and decoder often do."""
+        modules = [self.modules[one] for one in (path, other)]
+        return all(derives_from(one, "Embedding") for one in modules) and modules[0].weight is modules[1].weight
 
     def calls(self) -> dict[str, Calls]:
         """Return how often each module ran in which phase; 0 for those that did not."""

@@ -50,7 +50,7 @@ def anatomy_report(
         cells = [path or anatomy.model_class, row["role"], row["class_name"], _count(row["parameters"])]
         table.add_row(*map(escape, [*cells, row["dtype"], row["device"], calls, row["found_by"]]))
     yield table
-    yield "[dim]calls: before the first forward + in prefill steps + in decode steps, of a generate() of two tokens[/dim]"
+    yield "[dim]calls: before the first forward + in prefill + in decode steps, of a generate() of two tokens[/dim]"
     for path, count in anatomy.features.items():
         yield f"outside modules: {escape(path)} ran {count} times; its own time is the stage merge"
     for note in anatomy.notes:

@@ -52,3 +52,14 @@ def unwrap(model: nn.Module) -> None:
                 del module.__dict__[name]
             elif original is not value:
                 module.__dict__[name] = original
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DataParallel or torch.compile(): that is the one whose generate() is called."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "profkit"
 FLOORS = {
     1: {"stages", "errors", "stats"},
     2: {"ledger", "events", "anatomy", "trail", "wrapping", "clock", "environment", "processors"},
-    3: {"spans", "chrome", "structure", "stacks", "models", "samples"},
+    3: {"spans", "chrome", "plan", "structure", "stacks", "models", "samples"},
     4: {"attribution", "probes", "roles"},
     5: {"tables", "tracks", "kineto", "probing"},
     6: {"run", "dummies"},
@@ -23,8 +23,8 @@ FLOORS = {
     9: {"cli"},
 }
 WITH_TORCH = {
-    *("clock", "environment", "wrapping", "processors", "models", "samples", "probes", "kineto", "probing"),
-    *("dummies", "inspection", "capabilities", "capture"),
+    *("clock", "environment", "wrapping", "processors", "models", "samples", "plan", "probes", "kineto"),
+    *("probing", "dummies", "inspection", "capabilities", "capture"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))

@@ -23,6 +23,7 @@ from torch import nn
 from profkit import kineto, probes, stats, structure
 from profkit.anatomy import Anatomy
 from profkit.ledger import Ledger
+from profkit.plan import Granularity, forwards
 
 Run = Callable[[], AbstractContextManager[Any]]
 
@@ -54,10 +55,10 @@ def inputs(tokens: int) -> dict[str, Any]:
 
 
 @contextmanager
-def empty_hooks(model: nn.Module, found: Anatomy, granularity: probes.Granularity) -> Any:
+def empty_hooks(model: nn.Module, found: Anatomy, granularity: Granularity) -> Any:
     """The floor: hooks that do nothing, on the same modules."""
     handles: list[Any] = []
-    for module, _ in probes.plan(model, found, granularity):
+    for module, _, _ in forwards(model, found, granularity):
         handles.append(module.register_forward_pre_hook(lambda module, args: None))
         handles.append(module.register_forward_hook(lambda module, args, output: None, always_call=True))
     try:
@@ -112,10 +113,10 @@ def main() -> None:
     def run() -> None:
         model.generate(**kwargs)  # type: ignore[operator]
 
-    def instrument(granularity: probes.Granularity) -> Run:
+    def instrument(granularity: Granularity) -> Run:
         return lambda: probes.Instrument(model, found, Ledger(), granularity)
 
-    def floor(granularity: probes.Granularity) -> Run:
+    def floor(granularity: Granularity) -> Run:
         return lambda: empty_hooks(model, found, granularity)
 
     for _ in range(3):
