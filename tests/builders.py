@@ -209,3 +209,68 @@ class HomeMade(nn.Module):
                 hidden = block(hidden)
             ids = torch.cat([ids, self.out(hidden[:, -1:]).argmax(-1)], 1)
         return ids
+
+
+GENERATION = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+LLAMA = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+
+
+def qwen2_vl() -> tuple[Any, dict[str, Any]]:
+    """A tower that holds its merger, fed with flattened patches."""
+    text = {**LLAMA, "num_key_value_heads": 4, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 14, "mlp_ratio": 1}
+    tokens = {"image_token_id": 98, "vision_start_token_id": 97, "vision_end_token_id": 96, "video_token_id": 95}
+    torch.manual_seed(0)
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, **tokens)
+    model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    ids = torch.tensor([[1, 97, 98, 98, 98, 98, 96, 5]])
+    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(16, 1176)}
+    return model, {**kwargs, "image_grid_thw": torch.tensor([[1, 4, 4]]), **GENERATION}
+
+
+def blip2() -> tuple[Any, dict[str, Any]]:
+    """A Q-Former between tower and decoder; the root's own forward is never called."""
+    layers = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.Blip2Config(
+        vision_config={**layers, "image_size": 28, "patch_size": 14},
+        qformer_config={**layers, "vocab_size": 99, "encoder_hidden_size": 32},
+        text_config={
+            "model_type": "opt",
+            "hidden_size": 32,
+            "ffn_dim": 37,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "vocab_size": 99,
+            "word_embed_proj_dim": 32,
+        },
+        num_query_tokens=4,
+        image_token_index=98,
+    )
+    torch.manual_seed(0)
+    model = transformers.Blip2ForConditionalGeneration(config).eval()
+    ids = torch.tensor([[98, 98, 98, 98, 2, 5, 6]])
+    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 28, 28)}
+    return model, {**kwargs, **GENERATION}
+
+
+def whisper() -> tuple[Any, dict[str, Any]]:
+    """An encoder-decoder that hears; no projector."""
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    sizes = {"d_model": 32, "encoder_ffn_dim": 37, "decoder_ffn_dim": 37, "vocab_size": 99, "max_source_positions": 30}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    torch.manual_seed(0)
+    config = transformers.WhisperConfig(num_mel_bins=8, max_target_positions=50, **layers, **sizes, **special)
+    model = transformers.WhisperForConditionalGeneration(config).eval()
+    return model, {"input_features": torch.randn(1, 8, 60), **GENERATION}
+
+
+def t5() -> tuple[Any, dict[str, Any]]:
+    """An encoder-decoder of text alone, whose shared embedding is never called itself."""
+    config = transformers.T5Config(
+        d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, vocab_size=99, decoder_start_token_id=0
+    )
+    torch.manual_seed(0)
+    return transformers.T5ForConditionalGeneration(config).eval(), {
+        "input_ids": torch.tensor([[5, 6, 7]]),
+        **GENERATION,
+    }
