@@ -67,13 +67,15 @@ class Part:
 class Anatomy:
     """The parts of a model, in ROLES' order.
 
-    `ambiguities` are the choices that were made; `features` counts the calls of each get_*_features().
+    `ambiguities` are the choices that were made; `features` counts the calls of each get_*_features(); `outside`
+    counts the operations on media that no part did, by the method or module in which they happened.
     """
 
     model_class: str
     parts: tuple[Part, ...]
     ambiguities: tuple[str, ...] = ()
     features: Mapping[str, int] = field(default_factory=dict)
+    outside: Mapping[str, int] = field(default_factory=dict)
 
     def paths(self, role: str) -> list[str]:
         """Return the paths of the parts with a role, often none or one."""
@@ -141,7 +143,13 @@ class Anatomy:
             return Part(**{**values, "calls": calls, "through": tuple(values["through"])})
 
         parts = tuple(part(one) for one in record["parts"])
-        return cls(record["model_class"], parts, tuple(record["ambiguities"]), dict(record["features"]))
+        return cls(
+            record["model_class"],
+            parts,
+            tuple(record["ambiguities"]),
+            dict(record["features"]),
+            dict(record["outside"]),
+        )
 
 
 def check_roles(names: Iterable[str]) -> None:

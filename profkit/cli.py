@@ -143,7 +143,7 @@ def _inspect(name: str, inputs: Sequence[str], options: dict[str, Any], progress
 
     loaded = _load(name, options, progress)
     sample = _sample(loaded, inputs, {**options, "max_new_tokens": 4})
-    kwargs = _sample_kwargs(sample) if sample else dict(loaded.generate_kwargs or {})
+    kwargs = _sample_kwargs(sample) if sample and sample.images else dict(loaded.generate_kwargs or {})
     progress("watching a short generate()")
     found = inspection.inspect(loaded.model, parts=parse_parts(options["part"]), **kwargs)
     abilities = []
@@ -252,7 +252,10 @@ def _sample(loaded: Loaded, inputs: Sequence[str], options: dict[str, Any]) -> I
         if inputs or options["prompt"] is not None:
             raise InputError(f"{loaded.name} brings its own generate_kwargs: leave INPUTS and --prompt out.")
         return None
-    images = [Path(one) for one in inputs] or [samples.default_image()]
+    takes_images = hasattr(loaded.processor, "image_processor")
+    if inputs and not takes_images:
+        raise InputError(f"{loaded.name} takes text alone: leave INPUTS out.")
+    images = [Path(one) for one in inputs] or [samples.default_image()] * takes_images
     for image in images:
         samples.read_image(image)
     prompt = samples.DEFAULT_PROMPT if options["prompt"] is None else options["prompt"]

@@ -21,6 +21,13 @@ from profkit import processors
 from profkit.errors import InputError, ProfkitError
 
 WEIGHTS_SEED = 0
+AUTO_CLASSES = (
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -134,9 +141,20 @@ def _checkpoint(spec: str, device: torch.device, dtype: torch.dtype | None, trus
 
 
 def _from_pretrained(spec: str, device: torch.device, dtype: torch.dtype | None, **options: Any) -> Loaded:
-    model = transformers.AutoModelForImageTextToText.from_pretrained(spec, dtype=dtype or "auto", **options)
+    config = transformers.AutoConfig.from_pretrained(spec, **options)
+    model = _auto_class(config).from_pretrained(spec, dtype=dtype or "auto", **options)
     processor = transformers.AutoProcessor.from_pretrained(spec, **options)
     return Loaded(Path(spec).name, model.to(device).eval(), processor)
+
+
+def _auto_class(config: Any) -> Any:
+    """Return the class that loads a configuration's generative model: the first of AUTO_CLASSES that knows it."""
+    known = [found for name in AUTO_CLASSES if (found := getattr(transformers, name, None)) is not None]
+    remote = getattr(config, "auto_map", None) or {}
+    for auto_class in known:
+        if type(config) in auto_class._model_mapping or auto_class.__name__ in remote:
+            return auto_class
+    raise InputError(f"{type(config).__name__} is no configuration of a model that transformers can generate with.")
 
 
 def _from_function(spec: str, device: torch.device, dtype: torch.dtype | None) -> Loaded:

@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -94,7 +95,7 @@ class _Watch:
         self.trail = Trail()
         self._model = model
         self._wrappers = Wrappers()
-        self._labels = _Labelling()
+        self._labels = _Labelling(self.trail.operations)
         self._tick = itertools.count().__next__
 
     def __enter__(self) -> _Watch:
@@ -136,9 +137,11 @@ class _Watch:
             seen = Seen(path, tick(), labels.of(given), tuple(tuple(leaf.shape) for leaf in given))
             number = len(calls)
             calls.append(seen)
+            labels.inside.append(path)
             try:
                 output = bound(*args, **kwargs)
             finally:
+                labels.inside.pop()
                 seen.end = tick()
             for leaf in tree_leaves(output):
                 if isinstance(leaf, torch.Tensor):
@@ -149,12 +152,19 @@ class _Watch:
         return watched
 
     def _counted(self, path: str, module: nn.Module, name: str) -> Any:
-        bound, features = getattr(module, name), self.trail.features
+        bound, features, inside = getattr(module, name), self.trail.features, self._labels.inside
+        here = threading.get_ident()
 
         @functools.wraps(bound)
         def counted(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != here:
+                return bound(*args, **kwargs)
             features[path] = features.get(path, 0) + 1
-            return bound(*args, **kwargs)
+            inside.append(path)
+            try:
+                return bound(*args, **kwargs)
+            finally:
+                inside.pop()
 
         return counted
 
@@ -166,8 +176,10 @@ class _Labelling(TorchDispatchMode):
     it lives no other storage can have the same address.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, operations: dict[str, Counter[Labels]]) -> None:
         super().__init__()
+        self.inside = ["generate()"]
+        self._operations = operations
         self._known: dict[int, tuple[StorageWeakRef, Labels]] = {}
 
     def of(self, tensors: list[torch.Tensor]) -> Labels:
@@ -189,6 +201,7 @@ class _Labelling(TorchDispatchMode):
         output = func(*args, **kwargs)
         labels = self.of(list(_tensors((args, kwargs))))
         if labels:
+            self._operations.setdefault(self.inside[-1], Counter())[labels] += 1
             for tensor in _tensors(output):
                 self.set(tensor, labels)
             if func._schema.is_mutable:

@@ -73,7 +73,21 @@ class _Settling:
             if part.role not in SETTLED or (part.role in MEDIA_ROLES and not self._fired(part.path)):
                 parts.append(part)
         parts.sort(key=lambda part: ROLES.index(part.role))
-        return Anatomy(self.structure.model_class, tuple(parts), self.structure.ambiguities, dict(self.trail.features))
+        name, features = self.structure.model_class, dict(self.trail.features)
+        return Anatomy(name, tuple(parts), self.structure.ambiguities, features, self._outside())
+
+    def _outside(self) -> dict[str, int]:
+        """Return how many operations on media happened ahead of the decoder's layers, outside every part."""
+        found: dict[str, int] = {}
+        for path, counts in self.trail.operations.items():
+            if path in self.modules and path not in self.trunk:
+                continue
+            for labels, count in counts.items():
+                behind = any(within(at, self.layers) for at in self.trail.paths(self.trail.back(labels)))
+                media = any(label in self.trail.media or label in self.carriers for label in labels)
+                if media and not behind:
+                    found[path] = found.get(path, 0) + count
+        return found
 
     def _part(self, role: str, path: str) -> Part:
         found_by = [part.found_by for part in self.structure.parts if (part.role, part.path) == (role, path)]

@@ -45,7 +45,8 @@ class ImageSample:
         """Run the processor; the result holds tensors on the CPU."""
         text = prompt_text(self.processor, self.prompt, len(self.images))
         try:
-            batch = self.processor(images=loaded or None, text=text, return_tensors="pt")
+            images = {"images": loaded} if loaded else {}
+            batch = self.processor(text=text, return_tensors="pt", **images)
         except (ValueError, IndexError, TypeError) as error:
             raise InputError(f"{type(self.processor).__name__} refused the inputs: {_one_line(error)}") from error
         self._check_room(int(batch["input_ids"].shape[1]))

@@ -51,8 +51,8 @@ def anatomy_report(
         table.add_row(*map(escape, [*cells, row["dtype"], row["device"], calls, row["found_by"]]))
     yield table
     yield "[dim]calls: before the first forward + in prefill + in decode steps, of a generate() of two tokens[/dim]"
-    for path, count in anatomy.features.items():
-        yield f"outside modules: {escape(path)} ran {count} times; its own time is the stage merge"
+    for path, count in anatomy.outside.items():
+        yield f"media outside the parts: {count} operations in {escape(path or anatomy.model_class)}"
     for note in anatomy.notes:
         yield f"[yellow]note: {escape(note)}[/yellow]"
     if abilities:
@@ -202,6 +202,7 @@ def anatomy_as_dict(anatomy: Anatomy, parts: pd.DataFrame, abilities: Sequence[M
             "roles": anatomy.to_dict(),
             "parts": parts.drop(columns="depth").to_dict(orient="records"),
             "features": anatomy.features,
+            "outside": anatomy.outside,
             "notes": anatomy.notes,
             "capabilities": abilities,
         }

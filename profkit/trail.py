@@ -8,6 +8,7 @@ input, at whatever depth of the module tree is asked for.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -43,9 +44,11 @@ class Trail:
     """What was seen: calls in order of entry; how often each get_*_features() ran; the arguments that are media.
 
     Media are the tensors among generate()'s arguments that are neither the prompt nor shaped like it (ids, masks).
+    `operations` counts, for each innermost module or method, operations by the labels of what they worked on.
     """
 
     calls: list[Seen] = field(default_factory=list)
+    operations: dict[str, Counter[Labels]] = field(default_factory=dict)
     features: dict[str, int] = field(default_factory=dict)
     media: frozenset[str] = frozenset()
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from click.testing import CliRunner
 from rich.console import Console
 
 import profkit
-from profkit import text
+from profkit import cli, text
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -19,9 +22,19 @@ OVERHEAD = ROOT / "tests" / "benchmarks" / "results" / "overhead.txt"
 
 def table() -> str:
     """Return what `profkit trace` printed for the committed run."""
-    run = profkit.load(RUN)
+    return printed(text.report(profkit.load(RUN)))
+
+
+def inspection() -> str:
+    """Return what `profkit inspect` prints for the small LLaVA."""
+    result = CliRunner().invoke(cli.cli, ["inspect"], env={"COLUMNS": "118"}, catch_exceptions=False)
+    return "\n".join(line.rstrip() for line in result.stdout.splitlines())
+
+
+def printed(parts: Iterable[Any]) -> str:
+    """Return the parts of a report as a terminal of 118 columns shows them."""
     console = Console(file=io.StringIO(), width=118, highlight=False, color_system=None)
-    for part in text.report(run):
+    for part in parts:
         console.print(part)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
@@ -29,7 +42,8 @@ def table() -> str:
 
 def filled(readme: str) -> str:
     """Return the README with each figure block replaced by what the runs give."""
-    for name, content in (("table", table()), ("overhead", OVERHEAD.read_text(encoding="utf-8").rstrip())):
+    blocks = {"table": table(), "inspect": inspection(), "overhead": OVERHEAD.read_text(encoding="utf-8").rstrip()}
+    for name, content in blocks.items():
         block = f"<!-- {name} -->\n```\n{content}\n```\n<!-- /{name} -->"
         readme, count = re.subn(
             rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, readme, flags=re.S

@@ -1,16 +1,18 @@
 """What the instrument costs on a dispatch-bound LLaVA: plain, empty hooks and profkit, side by side in one run.
 
-    python tests/benchmarks/overhead.py [--pairs 15] [--tokens 64]
+    python tests/benchmarks/overhead.py [--rounds 40] [--tokens 64]
 
-Every row is a median of ratios over pairs; each side of a pair is the faster of two runs, made in the order ABBA,
-since a busy machine only ever adds time. "fastest" is the ratio of the fastest run of each side. One thread by
-default: operators this small gain nothing from more, and waiting for a second thread is what makes such runs noisy.
+In every round each variant runs once, in random order; a row is the median over rounds of the ratio of two variants
+in the same round, so that what a busy machine adds falls on all alike. "plain again" over plain is the noise: a
+difference smaller than that says nothing. One thread by default: operators this small gain nothing from more,
+and waiting for a second thread is what makes such runs noisy. Variants under the profiler run in a sixth of the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import random
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -80,29 +82,10 @@ def profiled(model: nn.Module, found: Anatomy, ranges: bool) -> Any:
         yield
 
 
-def compare(run: Callable[[], None], measured: Run, reference: Run, pairs: int) -> tuple[float, float, float, float]:
-    """Return median, p10 and p90 of the paired ratios of `measured` over `reference`, and that of the fastest."""
-    ratios: list[float] = []
-    fastest = {True: float("inf"), False: float("inf")}
-    for number in range(pairs):
-        times: dict[bool, list[float]] = {True: [], False: []}
-        order = (True, False, False, True) if number % 2 else (False, True, True, False)
-        for is_measured in order:
-            gc.collect()
-            with (measured if is_measured else reference)():
-                begin = time.perf_counter()
-                run()
-                times[is_measured].append(time.perf_counter() - begin)
-        ratios.append(min(times[True]) / min(times[False]))
-        fastest = {side: min(fastest[side], *times[side]) for side in fastest}
-    low, middle, high = (stats.percentile(ratios, q) for q in (10, 50, 90))
-    return middle, low, high, fastest[True] / fastest[False]
-
-
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=15)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -110,45 +93,66 @@ def main() -> None:
     model, kwargs = dispatch_bound_llava(), inputs(options.tokens)
     found = structure.find(model)
 
-    def run() -> None:
-        model.generate(**kwargs)  # type: ignore[operator]
-
-    def instrument(granularity: Granularity) -> Run:
+    def profkit(granularity: Granularity) -> Run:
         return lambda: probes.Instrument(model, found, Ledger(), granularity)
 
-    def floor(granularity: Granularity) -> Run:
+    def hooks(granularity: Granularity) -> Run:
         return lambda: empty_hooks(model, found, granularity)
 
-    for _ in range(3):
-        run()
+    variants: dict[str, Run] = {"plain": nullcontext, "plain again": nullcontext}
+    for granularity in ("stage", "layer", "module"):
+        variants[f"empty hooks, {granularity}"] = hooks(granularity)
+        variants[f"profkit, {granularity}"] = profkit(granularity)
+    under_profiler: dict[str, Run] = {
+        "plain": nullcontext,
+        "profiler, no ranges": lambda: profiled(model, found, False),
+        "profiler, ranges": lambda: profiled(model, found, True),
+    }
 
-    def profiler(ranges: bool) -> Run:
-        return lambda: profiled(model, found, ranges)
+    def seconds(variant: Run) -> float:
+        gc.collect()
+        with variant():
+            begin = time.perf_counter()
+            model.generate(**kwargs)  # type: ignore[operator]
+            return time.perf_counter() - begin
 
-    rows: list[tuple[str, str, Run, Run, float | None]] = [
-        ("plain (noise floor)", "plain", nullcontext, nullcontext, None),
-        ("empty hooks, stage", "plain", floor("stage"), nullcontext, None),
-        ("profkit, stage", "plain", instrument("stage"), nullcontext, 1.02),
-        ("empty hooks, layer", "plain", floor("layer"), nullcontext, None),
-        ("profkit, layer", "plain", instrument("layer"), nullcontext, 1.05),
-        ("empty hooks, module", "plain", floor("module"), nullcontext, None),
-        ("profkit, module", "plain", instrument("module"), nullcontext, None),
-        ("profkit, module", "empty hooks", instrument("module"), floor("module"), 1.10),
-        ("profiler, no ranges", "plain", profiler(False), nullcontext, None),
-        ("profiler, ranges", "plain", profiler(True), nullcontext, None),
-        ("profiler, ranges", "no ranges", profiler(True), profiler(False), 1.10),
+    for variant in (*variants.values(), *variants.values()):
+        seconds(variant)
+    rounds = in_random_order(variants, options.rounds, seconds)
+    slow_rounds = in_random_order(under_profiler, max(options.rounds // 6, 1), seconds)
+    rows: list[tuple[str, str, float | None]] = [
+        ("plain again", "plain", None),
+        ("empty hooks, stage", "plain", None),
+        ("profkit, stage", "plain", 1.02),
+        ("empty hooks, layer", "plain", None),
+        ("profkit, layer", "plain", 1.05),
+        ("empty hooks, module", "plain", None),
+        ("profkit, module", "plain", None),
+        ("profkit, module", "empty hooks, module", 1.10),
+        ("profiler, no ranges", "plain", None),
+        ("profiler, ranges", "plain", None),
+        ("profiler, ranges", "profiler, no ranges", 1.10),
     ]
-    # A profiled run takes ten times as long as another, most of it after the part that is timed.
-    slow = {"profiler, no ranges", "profiler, ranges"}
-    few = "a third of them in rows without a bound or under the profiler"
-    print(f"{options.tokens} tokens, {options.pairs} pairs ({few}),", end=" ")
+    print(f"{options.tokens} tokens, {len(rounds)} rounds ({len(slow_rounds)} under the profiler),", end=" ")
     print(f"{torch.get_num_threads()} thread(s), torch {torch.__version__}")
-    print(f"{'measured':<22}{'over':<13}{'median':>8}{'p10':>8}{'p90':>8}{'fastest':>9}{'allowed':>9}")
-    for name, over, measured, reference, allowed in rows:
-        pairs = options.pairs if allowed is not None and name not in slow else max(options.pairs // 3, 1)
-        middle, low, high, fastest = compare(run, measured, reference, pairs)
+    print(f"{'measured':<21}{'over':<21}{'median':>8}{'p25':>8}{'p75':>8}{'fastest':>9}{'allowed':>9}")
+    for name, over, allowed in rows:
+        times = slow_rounds if name in under_profiler and name != "plain" else rounds
+        ratios = [one[name] / one[over] for one in times]
+        low, middle, high = (stats.percentile(ratios, q) for q in (25, 50, 75))
+        fastest = min(one[name] for one in times) / min(one[over] for one in times)
         verdict = "" if allowed is None else f"{allowed:>9.2f} {'ok' if middle <= allowed else 'MISSED'}"
-        print(f"{name:<22}{over:<13}{middle:>8.3f}{low:>8.3f}{high:>8.3f}{fastest:>9.3f}{verdict}", flush=True)
+        print(f"{name:<21}{over:<21}{middle:>8.3f}{low:>8.3f}{high:>8.3f}{fastest:>9.3f}{verdict}", flush=True)
+
+
+def in_random_order(variants: dict[str, Run], rounds: int, seconds: Callable[[Run], float]) -> list[dict[str, float]]:
+    """Return the time of each variant in each round."""
+    order, random_number = list(variants), random.Random(0)
+    times: list[dict[str, float]] = []
+    for _ in range(rounds):
+        random_number.shuffle(order)
+        times.append({name: seconds(variants[name]) for name in order})
+    return times
 
 
 if __name__ == "__main__":
