@@ -142,8 +142,9 @@ def _inspect(name: str, inputs: Sequence[str], options: dict[str, Any], progress
     from profkit import capabilities, inspection
 
     loaded = _load(name, options, progress)
-    sample = _sample(loaded, inputs, {**options, "max_new_tokens": 4})
-    kwargs = _sample_kwargs(sample) if sample and sample.images else dict(loaded.generate_kwargs or {})
+    kwargs = dict(loaded.generate_kwargs or {})
+    if inputs or hasattr(loaded.processor, "image_processor"):
+        kwargs = _sample_kwargs(_sample(loaded, inputs, {**options, "max_new_tokens": 4}))
     progress("watching a short generate()")
     found = inspection.inspect(loaded.model, parts=parse_parts(options["part"]), **kwargs)
     abilities = []
@@ -153,8 +154,8 @@ def _inspect(name: str, inputs: Sequence[str], options: dict[str, Any], progress
     return found, inspection.part_table(loaded.model, found), abilities
 
 
-def _sample_kwargs(sample: ImageSample) -> dict[str, Any]:
-    return dict(sample.transfer(sample.preprocess(sample.load())))
+def _sample_kwargs(sample: ImageSample | None) -> dict[str, Any]:
+    return dict(sample.transfer(sample.preprocess(sample.load()))) if sample else {}
 
 
 def _load(name: str, options: dict[str, Any], progress: Any) -> Loaded:
@@ -252,6 +253,11 @@ def _sample(loaded: Loaded, inputs: Sequence[str], options: dict[str, Any]) -> I
         if inputs or options["prompt"] is not None:
             raise InputError(f"{loaded.name} brings its own generate_kwargs: leave INPUTS and --prompt out.")
         return None
+    if loaded.processor is None:
+        raise InputError(
+            f"{loaded.name} comes without a processor or tokenizer, so no inputs can be made for it: save its "
+            "processor beside it, or give package.module:function, which returns (model, generate_kwargs)."
+        )
     takes_images = hasattr(loaded.processor, "image_processor")
     if inputs and not takes_images:
         raise InputError(f"{loaded.name} takes text alone: leave INPUTS out.")

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -143,8 +144,17 @@ def _checkpoint(spec: str, device: torch.device, dtype: torch.dtype | None, trus
 def _from_pretrained(spec: str, device: torch.device, dtype: torch.dtype | None, **options: Any) -> Loaded:
     config = transformers.AutoConfig.from_pretrained(spec, **options)
     model = _auto_class(config).from_pretrained(spec, dtype=dtype or "auto", **options)
-    processor = transformers.AutoProcessor.from_pretrained(spec, **options)
-    return Loaded(Path(spec).name, model.to(device).eval(), processor)
+    return Loaded(Path(spec).name, model.to(device).eval(), _processor(spec, options))
+
+
+def _processor(spec: str, options: Mapping[str, Any]) -> Any:
+    """Return a checkpoint's processor, its tokenizer if it has no other, None if it has neither."""
+    refusals = (OSError, ValueError, KeyError, TypeError)
+    with suppress(*refusals):
+        return transformers.AutoProcessor.from_pretrained(spec, **options)
+    with suppress(*refusals):
+        return transformers.AutoTokenizer.from_pretrained(spec, **options)
+    return None
 
 
 def _auto_class(config: Any) -> Any:

@@ -54,8 +54,11 @@ class ImageSample:
 
     def transfer(self, batch: Any) -> Mapping[str, Any]:
         """Move the tensors to the model's device, floating ones to its dtype."""
-        parameter = next(self.model.parameters())
-        return dict(batch.to(device_of(self.model), parameter.dtype))
+        device, dtype = device_of(self.model), next(self.model.parameters()).dtype
+        return {
+            name: value.to(device, dtype if value.is_floating_point() else None) if hasattr(value, "to") else value
+            for name, value in batch.items()
+        }
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of each file and of the prompt."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,7 @@ def report(run: Run) -> Iterator[Table | str]:
     yield from check_lines(run)
 
 
+ACCESSOR = re.compile(r"get_\w+\(\)")
 PHASES = ("before", "prefill", "decode")
 
 
@@ -33,14 +35,20 @@ def anatomy_report(
     anatomy: Anatomy, parts: pd.DataFrame, abilities: Sequence[Mapping[str, Any]]
 ) -> Iterator[Table | str]:
     """Yield the parts as a tree, what a reader must know of them, and the capability table."""
-    yield f"[bold]{escape(anatomy.model_class)}[/bold]"
+    places = {(row["dtype"], row["device"]) for row in parts.to_dict(orient="records")}
+    # What is the same for every part is said once.
+    where = ["dtype", "device"] if len(places) > 1 else []
+    said = "" if where else ": {} on {}".format(*next(iter(places)))
+    yield f"[bold]{escape(anatomy.model_class)}[/bold]{said}"
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("path", no_wrap=True)
-    for name in ("part", "class"):
+    table.add_column("part", no_wrap=True)
+    table.add_column("class", overflow="fold")
+    table.add_column("weights", justify="right", no_wrap=True)
+    for name in where:
         table.add_column(name, overflow="fold")
-    table.add_column("parameters", justify="right")
-    for name in ("dtype", "device", "calls", "found by"):
-        table.add_column(name, overflow="fold")
+    table.add_column("calls", no_wrap=True)
+    table.add_column("found by", overflow="fold")
     around: list[str] = []
     for row in parts.to_dict(orient="records"):
         around = [*around[: row["depth"]], row["path"]]
@@ -48,7 +56,9 @@ def anatomy_report(
         path = f"{'  ' * row['depth']}.{row['path'].removeprefix(inside).lstrip('.')}" if inside else row["path"]
         calls = " + ".join("–" if pd.isna(row[name]) else str(int(row[name])) for name in PHASES)
         cells = [path or anatomy.model_class, row["role"], row["class_name"], _count(row["parameters"])]
-        table.add_row(*map(escape, [*cells, row["dtype"], row["device"], calls, row["found_by"]]))
+        table.add_row(
+            *map(escape, [*cells, *(row[name] for name in where), calls, ACCESSOR.sub("accessor", row["found_by"])])
+        )
     yield table
     yield "[dim]calls: before the first forward + in prefill + in decode steps, of a generate() of two tokens[/dim]"
     for path, count in anatomy.outside.items():

@@ -252,3 +252,30 @@ def test_every_command_and_option_has_help():
         for option in command.params:
             if isinstance(option, click.Option) and not isinstance(option.type, click.Choice):
                 assert option.help or option.name in ("max_new_tokens", "seed"), option.name
+
+
+def test_inspect_shows_parts_and_what_the_model_can_do():
+    status, out, err = invoke("inspect")
+    assert status == 0, err
+    for words in ("model.vision_tower", "structure, probe", "1 + 0 + 0", "tokens equal", "keeps a KV cache"):
+        assert words in out
+
+
+def test_inspect_as_json_with_a_part_named():
+    named = "model.multi_modal_projector.linear_1"
+    _, out, _ = invoke("inspect", "--json", "--no-capabilities", "--part", f"projector={named}")
+    found = json.loads(out)
+    assert found["roles"]["projectors"] == [named]
+    assert found["capabilities"] == []
+    part = next(one for one in found["parts"] if one["path"] == named)
+    assert (part["found_by"], part["class_name"], part["before"]) == ("user", "Linear", 1)
+
+
+def test_inspect_a_checkpoint_without_a_processor():
+    """The parts can be seen with made-up inputs; what cannot be done is to trace it, and that is said."""
+    small_llava()[0].save_pretrained("checkpoint")
+    _, out, _ = invoke("inspect", "checkpoint", "--json")
+    assert json.loads(out)["notes"] == ["Watched with made-up inputs: noise as image of 4 tokens."]
+    status, _, err = invoke("trace", "checkpoint")
+    assert status == 2
+    assert "comes without a processor or tokenizer" in err
