@@ -26,6 +26,8 @@ from profkit.wrapping import Wrappers, unwrap
 NEW_TOKENS = 2
 """A prefill and one decode step: enough to tell what runs once from what runs in every step."""
 
+MOST_COORDINATES = 8
+
 NOT_FOR_PROBING = (
     "max_length",
     "min_length",
@@ -236,4 +238,7 @@ def _is_text(tensor: torch.Tensor, prompt: torch.Tensor | None) -> bool:
     """Tell whether an argument is the prompt itself, or ids, masks or types of its tokens."""
     if tensor is prompt:
         return True
-    return prompt is not None and not tensor.is_floating_point() and tensor.shape[:2] == prompt.shape[:2]
+    if prompt is None or tensor.shape[:2] != prompt.shape[:2]:
+        return False
+    # Floating numbers of a few to a token are positions, such as the boxes of words.
+    return not tensor.is_floating_point() or (tensor.dim() == 3 and tensor.shape[2] <= MOST_COORDINATES)

@@ -51,7 +51,8 @@ class _Settling:
         self.stacks = Stacks(self.modules, trail)
         self.layers = self._decoder_layers()
         self.embed = structure.path("embed") or self._embedding_that_ran()
-        self.language = {above for path in (self.layers, self.embed) if path for above in ancestors(path)}
+        self.embeddings = self._tied_embeddings()
+        self.language = {above for path in (self.layers, *self.embeddings) for above in ancestors(path)}
         self.trunk = set(self.language)
 
     def anatomy(self) -> Anatomy:
@@ -70,11 +71,17 @@ class _Settling:
         for part in self.structure.parts:
             if part.role == "decoder_layers" and part.path != self.layers:
                 part = self._part(part.role, self.layers)
-            if part.role not in SETTLED or (part.role in MEDIA_ROLES and not self._fired(part.path)):
+            if part.role not in SETTLED or (part.role in MEDIA_ROLES and self._is_idle(part)):
                 parts.append(part)
         parts.sort(key=lambda part: ROLES.index(part.role))
         name, features = self.structure.model_class, dict(self.trail.features)
         return Anatomy(name, tuple(parts), self.structure.ambiguities, features, self._outside())
+
+    def _is_idle(self, part: Part) -> bool:
+        """Tell whether a part did not run, for want of its kind of input: a projector is idle with a tower only."""
+        towers = self.structure.paths("vision_tower") + self.structure.paths("audio_tower")
+        wanting = part.role != "projector" or not all(map(self._fired, towers))
+        return wanting and not self._fired(part.path)
 
     def _outside(self) -> dict[str, int]:
         """Return how many operations on media happened ahead of the decoder's layers, outside every part."""
@@ -99,15 +106,18 @@ class _Settling:
                 through, end = [*through, seen.path], seen.end
         others = tuple(one for one in dict.fromkeys(through) if one != path)
         if role == "embed":
-            others = tuple(one for one in self.numbers if one != path and self._is_tied(one, path))
+            others = tuple(one for one in self.embeddings if one != path)
         if role == "decoder_layers":
             others = tuple(f"{path}.{name}" for name in self.modules[path]._modules)
         return Part(role, path, type(self.modules[path]).__name__, ", ".join([*found_by, "probe"]), through=others)
 
-    def _is_tied(self, path: str, other: str) -> bool:
-        """Tell whether two embeddings share their weights, as those of encoder and decoder often do."""
-        modules = [self.modules[one] for one in (path, other)]
-        return all(derives_from(one, "Embedding") for one in modules) and modules[0].weight is modules[1].weight
+    def _tied_embeddings(self) -> list[str]:
+        """Return the token embedding and those that ran with its weights, as encoder and decoder often share them."""
+        if self.embed is None:
+            return []
+        weight = getattr(self.modules[self.embed], "weight", None)
+        ran = [one for one in self.numbers if one != self.embed and derives_from(self.modules[one], "Embedding")]
+        return [self.embed, *(one for one in ran if self.modules[one].weight is weight)]
 
     def calls(self) -> dict[str, Calls]:
         """Return how often each module ran in which phase; 0 for those that did not."""
@@ -151,7 +161,7 @@ class _Settling:
 
     def _is_language(self, path: str) -> bool:
         """Tell whether a module is the token embedding or lies in the decoder's layers."""
-        return within(path, self.layers) or (self.embed is not None and within(path, self.embed))
+        return within(path, self.layers) or any(within(path, one) for one in self.embeddings)
 
     # -- the flow of data ----------------------------------------------------------------------
 
@@ -226,7 +236,7 @@ class _Settling:
         if not has_weights(self.modules[branch]):
             return "language" if "language" in fed_by else "nothing"
         has_stack = bool(self.stacks.within(branch))
-        if self.embed in sources or self.layers in sources:
+        if self.layers in sources or any(one in sources for one in self.embeddings):
             if any(not self._is_fed_by_text(stack) for stack in self.stacks.within(branch)):
                 return "wrapper"
             joint = has_stack and self.layers not in sources and not self._inside_decoder(branch)
@@ -240,7 +250,11 @@ class _Settling:
         found: set[str] = set()
 
         def another(path: str) -> bool:
-            return path not in self.trunk and not within(path, branch)
+            if path in self.trunk or within(path, branch):
+                return False
+            # What holds no weights, such as dropout, passes things on.
+            other = self._branch(path)
+            return other is None or has_weights(self.modules[other])
 
         for path in self.trail.paths(self.trail.back(own, stop=another)):
             if another(path):

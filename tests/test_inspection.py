@@ -7,6 +7,7 @@ import copy
 import builders
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import profkit
@@ -283,3 +284,28 @@ def test_assisted_decoding_shows_the_other_model():
     assert row["stage"] == "other"
     assert row["calls"] >= 1
     assert "forward" not in assistant.__dict__
+
+
+@pytest.mark.skipif(not hasattr(transformers, "T5Gemma2Config"), reason="transformers 4 has no such model")
+def test_an_encoder_of_text_and_media_is_neither_tower_nor_projector():
+    """T5Gemma 2 encodes the image, merges it into the text and encodes both, all in one module."""
+    layers = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+    text = {**layers, **kinds, "vocab_size": 99, "num_key_value_heads": 2, "head_dim": 8}
+    vision = {**layers, "image_size": 28, "patch_size": 7}
+    media = {"vision_config": vision, "mm_tokens_per_image": 4, "image_token_index": 98}
+    torch.manual_seed(0)
+    config = transformers.T5Gemma2Config(
+        encoder={"text_config": text, "vocab_size": 99, **media}, decoder=text, image_token_index=98
+    )
+    model = transformers.T5Gemma2ForConditionalGeneration(config).eval()
+    ids = torch.tensor([[5, 6, 98, 98, 98, 98, 7]])
+    kwargs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 28, 28), "decoder_start_token_id": 1}
+    found = profkit.inspect(model, **kwargs)
+    assert found.paths("vision_tower") == ["model.encoder.vision_tower"]
+    assert found.paths("projector") == ["model.encoder.multi_modal_projector"]
+    assert found.paths("encoder") == ["model.encoder.text_model.layers"]
+    with profkit.profile(model) as prof:
+        model.generate(**kwargs, **builders.GENERATION)
+    assert prof.steps()["phase"].tolist() == ["prefill", *["decode"] * 4]
+    assert prof.modules().set_index("path").loc["model.encoder.text_model.layers.0", "stage"] == "prefill"
