@@ -229,11 +229,11 @@ class _Settling:
     def _role(self, branch: str, sources: set[str], roles: dict[str, str]) -> str:
         """Return the role of a branch.
 
-        That is tower, encoder, projector, language (the language model's own), nothing (it has no weights) or
+        That is tower, encoder, projector, language (the language model's own), nothing (it has no matrices) or
         wrapper (it holds a tower, and merges what comes out of it with the text).
         """
         fed_by = {roles.get(source) for source in sources}
-        if not has_weights(self.modules[branch]):
+        if self._is_slight(branch):
             return "language" if "language" in fed_by else "nothing"
         has_stack = bool(self.stacks.within(branch))
         if self.layers in sources or any(one in sources for one in self.embeddings):
@@ -252,14 +252,17 @@ class _Settling:
         def another(path: str) -> bool:
             if path in self.trunk or within(path, branch):
                 return False
-            # What holds no weights, such as dropout, passes things on.
+            # What holds no matrices, such as dropout or a norm, passes things on.
             other = self._branch(path)
-            return other is None or has_weights(self.modules[other])
+            return other is None or not self._is_slight(other)
 
         for path in self.trail.paths(self.trail.back(own, stop=another)):
             if another(path):
                 found.add(self._branch(path) or (self.layers if within(path, self.layers) else path))
         return found
+
+    def _is_slight(self, path: str) -> bool:
+        return not has_weights(self.modules[path]) or is_norm(self.modules[path])
 
     def _inside_decoder(self, branch: str) -> bool:
         decoder = self._decoder()
