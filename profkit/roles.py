@@ -21,12 +21,11 @@ from profkit.anatomy import (
     ancestors,
     derives_from,
     has_weights,
-    is_layer_list,
     is_norm,
-    outermost,
     parent,
     within,
 )
+from profkit.language import Language
 from profkit.stacks import Stacks
 from profkit.trail import Label, Trail
 
@@ -49,11 +48,9 @@ class _Settling:
         self.modules: dict[str, Any] = dict(model.named_modules())
         self.numbers = trail.by_path()
         self.stacks = Stacks(self.modules, trail)
-        self.layers = self._decoder_layers()
-        self.embed = structure.path("embed") or self._embedding_that_ran()
-        self.embeddings = self._tied_embeddings()
-        self.language = {above for path in (self.layers, *self.embeddings) for above in ancestors(path)}
-        self.trunk = set(self.language)
+        self.language = Language(self.modules, structure, trail)
+        self.layers = self.language.layers
+        self.trunk = set(self.language.around)
 
     def anatomy(self) -> Anatomy:
         """Return the settled anatomy."""
@@ -65,7 +62,7 @@ class _Settling:
         ]
         for path in [path for path, role in roles.items() if role == "tower"]:
             found += [("projector", inner) for inner in self._inner_projectors(path, roles)]
-        found += [("lm_head", self._head()), ("embed", self.embed), ("decoder", self._decoder())]
+        found += [("lm_head", self.language.head), ("embed", self.language.embed), ("decoder", self.language.decoder)]
         parts = [self._part(role, path) for role, path in found if path is not None]
         # What structure alone knows: parts that did not take part in this generate(), and those that need no probe.
         for part in self.structure.parts:
@@ -106,23 +103,15 @@ class _Settling:
                 through, end = [*through, seen.path], seen.end
         others = tuple(one for one in dict.fromkeys(through) if one != path)
         if role == "embed":
-            others = tuple(one for one in self.embeddings if one != path)
+            others = tuple(one for one in self.language.embeddings if one != path)
         if role == "decoder_layers":
             others = tuple(f"{path}.{name}" for name in self.modules[path]._modules)
         return Part(role, path, type(self.modules[path]).__name__, ", ".join([*found_by, "probe"]), through=others)
 
-    def _tied_embeddings(self) -> list[str]:
-        """Return the token embedding and those that ran with its weights, as encoder and decoder often share them."""
-        if self.embed is None:
-            return []
-        weight = getattr(self.modules[self.embed], "weight", None)
-        ran = [one for one in self.numbers if one != self.embed and derives_from(self.modules[one], "Embedding")]
-        return [self.embed, *(one for one in ran if self.modules[one].weight is weight)]
-
     def calls(self) -> dict[str, Calls]:
         """Return how often each module ran in which phase; 0 for those that did not."""
         first_layer = next((path for path in self.numbers if parent(path) == self.layers), "")
-        passes = self.numbers.get(self._decoder() or first_layer, [])
+        passes = self.numbers.get(self.language.decoder or first_layer, [])
         begins = [self._forward_around(number) for number in passes]
         begins = list(dict.fromkeys(begins))
         first, second = [*begins, *[len(self.trail.calls) * 2] * 2][:2]
@@ -139,29 +128,6 @@ class _Settling:
         inner = self.trail.calls[number]
         around = [seen.begin for seen in self.trail.calls[: number + 1] if seen.end >= inner.end]
         return min(around, default=inner.begin)
-
-    def _decoder_layers(self) -> str:
-        """Return the structure's choice if it ran in the last step, else the list of layers that ran last."""
-        chosen = self.structure.path("decoder_layers") or ""
-        embed = self.numbers.get(self.structure.path("embed") or "none", [0])[-1]
-        if any(
-            number > embed for path, numbers in self.numbers.items() if parent(path) == chosen for number in numbers
-        ):
-            return chosen
-        last = {parent(path): numbers[-1] for path, numbers in self.numbers.items()}
-        lists = outermost(path for path in last if is_layer_list(self.modules[path]))
-        return max(lists, key=lambda path: last[path], default=chosen)
-
-    def _embedding_that_ran(self) -> str | None:
-        """Return, of the embeddings that ran most often, the one with the most rows."""
-        ran = [path for path in self.numbers if derives_from(self.modules[path], "Embedding")]
-        often = max((len(self.numbers[path]) for path in ran), default=0)
-        every_step = [path for path in ran if len(self.numbers[path]) == often and not within(path, self.layers)]
-        return max(every_step, key=lambda path: len(self.modules[path].weight), default=None)
-
-    def _is_language(self, path: str) -> bool:
-        """Tell whether a module is the token embedding or lies in the decoder's layers."""
-        return within(path, self.layers) or any(within(path, one) for one in self.embeddings)
 
     # -- the flow of data ----------------------------------------------------------------------
 
@@ -202,7 +168,7 @@ class _Settling:
 
     def _branch(self, path: str) -> str | None:
         """Return the outermost module around `path` that is not in the trunk; None for the language model's own."""
-        if path in self.trunk or self._is_language(path):
+        if path in self.trunk or self.language.holds(path):
             return None
         return [path, *(above for above in ancestors(path) if above not in self.trunk)][-1]
 
@@ -236,7 +202,7 @@ class _Settling:
         if self._is_slight(branch):
             return "language" if "language" in fed_by else "nothing"
         has_stack = bool(self.stacks.within(branch))
-        if self.layers in sources or any(one in sources for one in self.embeddings):
+        if self.layers in sources or any(one in sources for one in self.language.embeddings):
             if any(not self._is_fed_by_text(stack) for stack in self.stacks.within(branch)):
                 return "wrapper"
             joint = has_stack and self.layers not in sources and not self._inside_decoder(branch)
@@ -265,7 +231,7 @@ class _Settling:
         return not has_weights(self.modules[path]) or is_norm(self.modules[path])
 
     def _inside_decoder(self, branch: str) -> bool:
-        decoder = self._decoder()
+        decoder = self.language.decoder
         around = [self.trail.calls[number] for number in self.numbers.get(decoder or "", [])]
         own = [seen for seen in self.trail.calls if within(seen.path, branch)]
         return any(outer.begin < seen.begin < outer.end for outer in around for seen in own)
@@ -285,7 +251,7 @@ class _Settling:
         """Tell whether the token embedding is among what the members of a stack were made of."""
         fed_by = [label for seen in self.trail.calls if parent(seen.path) == stack for label in seen.fed_by]
         made_of = self.trail.back(fed_by, stop=lambda path: within(path, self.layers))
-        return any(self._is_language(path) for path in self.trail.paths(made_of))
+        return any(self.language.holds(path) for path in self.trail.paths(made_of))
 
     def _tower_root(self, branch: str, stack: str) -> str:
         """Return the outermost pretrained model around a stack, else the outermost module there that ran."""
@@ -333,12 +299,12 @@ class _Settling:
 
     def _makes_token_ids(self, tower: str) -> bool:
         """Tell whether what leaves a tower goes through the token embedding: then it is a tokenizer."""
-        head = self._head()
+        head = self.language.head
 
         def written_before(path: str) -> bool:
             return within(path, self.layers) or path == head
 
-        embedded = [label for seen in self.trail.calls if seen.path == self.embed for label in seen.fed_by]
+        embedded = [label for seen in self.trail.calls if seen.path == self.language.embed for label in seen.fed_by]
         return bool(self._labels_within(tower, self.trail.back(embedded, stop=written_before)))
 
     def _children(self, paths: Iterable[str]) -> Iterator[str]:
@@ -374,32 +340,6 @@ class _Settling:
                 if given[-1:] == made[-1:] and _size(made) < _size(given):
                     return True
         return False
-
-    # -- the language model --------------------------------------------------------------------
-
-    def _decoder(self) -> str | None:
-        """Return the innermost module around the decoder's layers that is itself called."""
-        return next((above for above in ancestors(self.layers) if above in self.numbers), None)
-
-    def _head(self) -> str | None:
-        """Return the outermost module around the output embeddings that holds nothing of the decoder."""
-        head = self.structure.path("lm_head") or self._last_after_decoder()
-        for above in ancestors(head) if head else ():
-            if above in self.language or above not in self.numbers:
-                break
-            head = above
-        return head
-
-    def _last_after_decoder(self) -> str | None:
-        """Return the last module with weights, norms aside, that the last of the decoder's layers fed."""
-        last = max((n for path, ns in self.numbers.items() if parent(path) == self.layers for n in ns), default=0)
-        for number in reversed(range(last + 1, len(self.trail.calls))):
-            path = self.trail.calls[number].path
-            module = self.modules[path]
-            outside = path not in self.language and not self._is_language(path)
-            if outside and has_weights(module) and not is_norm(module):
-                return path
-        return None
 
 
 MEDIA_ROLES = ("vision_tower", "audio_tower", "projector", "encoder")

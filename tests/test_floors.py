@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "profkit"
 FLOORS = {
     1: {"stages", "errors", "stats"},
     2: {"ledger", "events", "anatomy", "trail", "wrapping", "clock", "environment", "processors"},
-    3: {"spans", "chrome", "plan", "structure", "stacks", "models", "samples"},
+    3: {"spans", "chrome", "plan", "structure", "stacks", "language", "models", "samples"},
     4: {"attribution", "probes", "roles"},
     5: {"tables", "tracks", "kineto", "probing"},
     6: {"run", "dummies"},
