@@ -256,7 +256,8 @@ def _sample(loaded: Loaded, inputs: Sequence[str], options: dict[str, Any]) -> I
     if loaded.processor is None:
         raise InputError(
             f"{loaded.name} comes without a processor or tokenizer, so no inputs can be made for it: save its "
-            "processor beside it, or give package.module:function, which returns (model, generate_kwargs)."
+            "processor beside it, or give package.module:function, which returns (model, generate_kwargs). "
+            f"(transformers said: {loaded.why_no_processor})"
         )
     takes_images = hasattr(loaded.processor, "image_processor")
     if inputs and not takes_images:

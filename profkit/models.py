@@ -42,6 +42,7 @@ class Loaded:
     generate_kwargs: Mapping[str, Any] | None = None
     random_weights: bool = False
     load_ms: float = 0.0
+    why_no_processor: str = ""
 
 
 def preset_names() -> list[str]:
@@ -144,17 +145,19 @@ def _checkpoint(spec: str, device: torch.device, dtype: torch.dtype | None, trus
 def _from_pretrained(spec: str, device: torch.device, dtype: torch.dtype | None, **options: Any) -> Loaded:
     config = transformers.AutoConfig.from_pretrained(spec, **options)
     model = _auto_class(config).from_pretrained(spec, dtype=dtype or "auto", **options)
-    return Loaded(Path(spec).name, model.to(device).eval(), _processor(spec, options))
+    processor, why_not = _processor(spec, options)
+    return Loaded(Path(spec).name, model.to(device).eval(), processor, why_no_processor=why_not)
 
 
-def _processor(spec: str, options: Mapping[str, Any]) -> Any:
-    """Return a checkpoint's processor, its tokenizer if it has no other, None if it has neither."""
-    refusals = (OSError, ValueError, KeyError, TypeError)
+def _processor(spec: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return a checkpoint's processor, or its tokenizer if it has no other; if neither loads, None and why."""
+    refusals = (OSError, ValueError, KeyError, TypeError, ImportError)
     with suppress(*refusals):
-        return transformers.AutoProcessor.from_pretrained(spec, **options)
-    with suppress(*refusals):
-        return transformers.AutoTokenizer.from_pretrained(spec, **options)
-    return None
+        return transformers.AutoProcessor.from_pretrained(spec, **options), ""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(spec, **options), ""
+    except refusals as error:
+        return None, " ".join(str(error).split())[:200]
 
 
 def _auto_class(config: Any) -> Any:

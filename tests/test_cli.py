@@ -257,7 +257,7 @@ def test_every_command_and_option_has_help():
 def test_inspect_shows_parts_and_what_the_model_can_do():
     status, out, err = invoke("inspect")
     assert status == 0, err
-    for words in ("model.vision_tower", "structure, probe", "1 + 0 + 0", "tokens equal", "keeps a KV cache"):
+    for words in ("model.vision_tower", "structure, probe", "0 + 1 + 1", "tokens equal", "keeps a KV cache"):
         assert words in out
 
 
@@ -268,7 +268,8 @@ def test_inspect_as_json_with_a_part_named():
     assert found["roles"]["projectors"] == [named]
     assert found["capabilities"] == []
     part = next(one for one in found["parts"] if one["path"] == named)
-    assert (part["found_by"], part["class_name"], part["before"]) == ("user", "Linear", 1)
+    assert (part["found_by"], part["class_name"]) == ("user", "Linear")
+    assert part["before"] + part["prefill"] == 1
 
 
 def test_inspect_a_checkpoint_without_a_processor():
