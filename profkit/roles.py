@@ -263,9 +263,10 @@ class _Settling:
     def _tower_role(self, path: str) -> str:
         declared = getattr(self.modules[path], "input_modalities", "text")
         kinds = {declared} if isinstance(declared, str) else set(declared)
-        if kinds & {"image", "video"}:
+        # A whole family's list may be inherited: it tells only where it leaves no choice.
+        if kinds & {"image", "video"} and "audio" not in kinds:
             return "vision_tower"
-        if "audio" in kinds:
+        if kinds == {"audio"}:
             return "audio_tower"
         takes = [str(getattr(self.modules[path], "main_input_name", ""))]
         labels = self._labels_within(path, self.reached & self.carriers)
@@ -275,7 +276,7 @@ class _Settling:
     def _inner_projectors(self, tower: str, roles: dict[str, str]) -> Iterator[str]:
         """Yield the mergers inside a tower: what its layers feed and what reaches the decoder, norms aside.
 
-        Where a projector follows outside, only what sits between layers and leaves fewer tokens counts.
+        Between layers, and where a projector follows outside, only what leaves fewer tokens counts.
         """
         stacks = self.stacks.within(tower)
         chain = {above for stack in stacks for above in ancestors(stack) if within(above, tower)}
@@ -294,7 +295,8 @@ class _Settling:
             if not behind:
                 continue
             between_layers = bool(self._labels_within(path, feeds_layers))
-            if (between_layers and self._shrinks(path)) or not (between_layers or followed):
+            merges = self._shrinks(path) if between_layers else not followed or self._merges_tokens(path)
+            if merges:
                 yield path
 
     def _makes_token_ids(self, tower: str) -> bool:
@@ -331,6 +333,13 @@ class _Settling:
             if role == "projector" and tower in self._sources(branch, self._labels_within(branch, self.reached)):
                 return True
         return False
+
+    def _merges_tokens(self, path: str) -> bool:
+        """Tell whether a module makes fewer tokens, of whatever width; convolutions make maps, not tokens."""
+        if any(derives_from(one, "_ConvNd") for one in self.modules[path].modules()):
+            return False
+        calls = [seen for seen in self.stacks.calls(path) if seen.outputs and seen.shapes_in]
+        return any(_size(seen.outputs[0].shape[:-1]) < _size(seen.shapes_in[0][:-1]) for seen in calls)
 
     def _shrinks(self, path: str) -> bool:
         """Tell whether a module makes fewer tokens of the same width."""
