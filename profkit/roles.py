@@ -134,9 +134,10 @@ class _Settling:
     @cached_property
     def layer_inputs(self) -> frozenset[Label]:
         """What fed the decoder's layers, in every step: some models are given media bit by bit."""
-        return frozenset(
-            label for seen in self.trail.calls if parent(seen.path) == self.layers for label in seen.fed_by
-        )
+        given = {label for seen in self.trail.calls if parent(seen.path) == self.layers for label in seen.fed_by}
+        # What an encoder left in the cache is no argument of any layer, but is worked on inside them.
+        inside = [counts for path, counts in self.trail.operations.items() if within(path, self.layers)]
+        return frozenset(given).union(*(labels for counts in inside for labels in counts))
 
     @cached_property
     def reached(self) -> set[Label]:
