@@ -1,23 +1,156 @@
-"""Which span owns each event of a profile, and the operators' own time."""
+"""Which scope owns each event of a profile, and why.
+
+A device event belongs where its launch was called: correlation → launch → thread and time → innermost scope. A host
+event belongs to the innermost scope open on its thread when it begins. What has no owner keeps a reason.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
 
 import numpy as np
 
+from profkit import stages
 from profkit.errors import MeasurementError
-from profkit.events import Events
-from profkit.spans import NOBODY, Spans
+from profkit.events import DEVICE, NOTHING, Events, Kind
+from profkit.nesting import lanes
+from profkit.spans import Spans
 
 RANGE_PREFIX = "profkit:"
 """Ranges that the profiled pass opens are named by the mark they belong to: `profkit:<mark>`."""
 
+LAUNCH_NAME = re.compile(r"(?i)launch.*kernel|launchcooperative|graphlaunch|memcpy|memset")
+GRAPH_LAUNCH_NAME = re.compile(r"(?i)graphlaunch")
+
+
+class Why(IntEnum):
+    """How an event came to its owner, or why it has none."""
+
+    INSIDE = 0
+    """Called, or launched, while the scope was open on the same thread."""
+    GRAPH = 1
+    """One of the kernels of a graph that was launched inside the scope."""
+    CAPTURED = 2
+    """The same, and the graph's capture tells which scope launched it then."""
+    OTHER_THREAD = 3
+    """Called, or launched, by another thread while the scope was open."""
+    NO_SCOPE = 4
+    """Called, or launched, while no scope was open."""
+    NO_LAUNCH = 5
+    """Its launch was not recorded."""
+
+
+class Level(IntEnum):
+    """How far down an owner reaches."""
+
+    MODULE = 0
+    RANGE = 1
+    """A stage, or a range that the program opened, but no module."""
+    OPERATOR = 2
+    """An operator, where nothing else was open."""
+    NOTHING = 3
+
+
+@dataclass(frozen=True)
+class Scopes:
+    """The vocabulary of owners: names of stages, paths of scopes and how far down each reaches, steps.
+
+    A step has a phase (index into `stages`, NOTHING if unknown), a label, and a beginning and an end in host time.
+    """
+
+    stages: Sequence[str]
+    paths: Sequence[str]
+    levels: np.ndarray
+    step_phase: np.ndarray
+    step_labels: Sequence[str]
+    step_start_ns: np.ndarray
+    step_end_ns: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclass(frozen=True)
+class Owners:
+    """For each event its stage, step and scope (rows of `scopes`, NOTHING for none), and why (a Why).
+
+    `launch` is the row of the runtime call that launched a device event; NOTHING for others and where it is missing.
+    `replayed` are the rows of kernels whose operator only the capture of their graph tells, `operators` its name.
+    """
+
+    scopes: Scopes
+    stage: np.ndarray
+    step: np.ndarray
+    scope: np.ndarray
+    why: np.ndarray
+    launch: np.ndarray
+    replayed: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    operators: Sequence[str] = ()
+
+    def level(self) -> np.ndarray:
+        """Return for each event how far down its owner reaches: Levels."""
+        levels = np.append(self.scopes.levels, Level.NOTHING)[self.scope]
+        return np.where((levels == Level.NOTHING) & (self.stage >= 0), Level.RANGE, levels)
+
+
+def launches(events: Events) -> np.ndarray:
+    """Return for each device event the row of the runtime call that launched it, NOTHING for other events.
+
+    By correlation alone. Where a runtime and a driver call share a number, the earlier one is the outer one.
+    """
+    calls = np.flatnonzero((events.kind == Kind.RUNTIME) & (events.correlation > 0))
+    calls = calls[np.lexsort((events.start_ns[calls], events.correlation[calls]))]
+    result = np.full(len(events), NOTHING)
+    rows = np.flatnonzero(events.is_kind(*DEVICE, Kind.SYNC) & (events.correlation > 0))
+    known = events.correlation[calls]
+    at = np.searchsorted(known, events.correlation[rows])
+    found = at < len(calls)
+    found[found] = known[at[found]] == events.correlation[rows[found]]
+    result[rows[found]] = calls[at[found]]
+    return result
+
+
+def is_graph_launch(events: Events) -> np.ndarray:
+    """Return which events launch a whole graph of kernels."""
+    matching = [GRAPH_LAUNCH_NAME.search(name) is not None for name in events.names]
+    return (events.kind == Kind.RUNTIME) & events.named(matching)
+
+
+def is_launch(events: Events) -> np.ndarray:
+    """Return which events launch kernels, copies or sets: runtime calls, by their names."""
+    matching = [LAUNCH_NAME.search(name) is not None for name in events.names]
+    return (events.kind == Kind.RUNTIME) & events.named(matching)
+
+
+def follow_launches(
+    events: Events, scopes: Scopes, stage: np.ndarray, step: np.ndarray, scope: np.ndarray, why: np.ndarray
+) -> Owners:
+    """Return the owners of all events, given those of the host's: device events go where their launch is."""
+    launch = launches(events)
+    device = np.flatnonzero(events.is_kind(*DEVICE, Kind.SYNC))
+    caller = launch[device]
+
+    def followed(column: np.ndarray, missing: int) -> np.ndarray:
+        result = column.copy()
+        result[device] = np.append(column, missing)[caller]
+        return result
+
+    reason = followed(why, Why.NO_LAUNCH)
+    replayed = device[np.append(is_graph_launch(events), False)[caller]]
+    reason[replayed] = np.where(reason[replayed] == Why.NO_SCOPE, Why.NO_SCOPE, Why.GRAPH)
+    stage, step, scope = (followed(column, NOTHING) for column in (stage, step, scope))
+    return Owners(scopes, stage, step, scope, reason, launch)
+
+
+# -- a profile of profkit's own: the scopes are the spans of the pass -----------------------------
+
 
 def is_range(events: Events) -> np.ndarray:
     """Return which events are ranges that profkit opened itself."""
-    return np.array([name.startswith(RANGE_PREFIX) for name in events.names], dtype=bool)[events.name]
+    return events.named([name.startswith(RANGE_PREFIX) for name in events.names])
 
 
 def aligned(spans: Spans, events: Events) -> Spans:
@@ -29,7 +162,8 @@ def aligned(spans: Spans, events: Events) -> Spans:
     ranges = events.select(is_range(events))
     if not len(ranges):
         raise MeasurementError("The profile holds none of profkit's ranges; its events cannot be attributed.")
-    entry = np.array([int(re.sub(r"\D", "", events.names[name])) for name in ranges.name], dtype=np.int64)
+    number = [int(name[len(RANGE_PREFIX) :]) if name.startswith(RANGE_PREFIX) else NOTHING for name in events.names]
+    entry = np.array(number, dtype=np.int64)[ranges.name]
     row = np.searchsorted(spans.begin, entry)
     found = (row < len(spans)) & (spans.begin[np.minimum(row, len(spans) - 1)] == entry)
     row, ranges = row[found], ranges.select(found)
@@ -49,18 +183,17 @@ def aligned(spans: Spans, events: Events) -> Spans:
     return Spans(replace(spans.marks, host_ns=moved), spans.scopes)
 
 
-def owning_segment(spans: Spans, events: Events) -> np.ndarray:
-    """Return for each event the segment in which it starts, -1 outside all scopes.
+def owning_segment(spans: Spans, start_ns: np.ndarray) -> np.ndarray:
+    """Return for each time the segment of the main thread that it lies in, NOTHING outside all scopes.
 
-    Spans and events must be on one clock. Rule: by the time an operator is called (or a kernel is
-    launched), the innermost scope open then.
+    Spans and times must be on one clock.
     """
     first, count = _main_thread(spans)
     times = spans.marks.host_ns[first : first + count]
-    segment = np.searchsorted(times, events.start_ns, side="right") - 1
+    segment = np.searchsorted(times, start_ns, side="right") - 1
     inside = (segment >= 0) & (segment < count - 1)
-    owner = np.append(spans.owner, NOBODY)[np.where(inside, segment + first, NOBODY)]
-    return np.where(owner >= 0, segment + first, NOBODY)
+    owner = np.append(spans.owner, NOTHING)[np.where(inside, segment + first, NOTHING)]
+    return np.where(owner >= 0, segment + first, NOTHING)
 
 
 def _main_thread(spans: Spans) -> tuple[int, int]:
@@ -72,38 +205,32 @@ def _main_thread(spans: Spans) -> tuple[int, int]:
     return int(main[0]), len(main)
 
 
-def self_time_ns(events: Events) -> np.ndarray:
-    """Return each event's duration less that of the events nested directly inside it, on its thread."""
-    order = np.lexsort((-events.duration_ns, events.start_ns, events.thread, events.process))
-    ordered = events.select(order)
-    parent = enclosing(ordered)
-    own = ordered.duration_ns.copy()
-    nested = np.flatnonzero(parent >= 0)
-    overlap = np.minimum(ordered.end_ns[nested], ordered.end_ns[parent[nested]]) - ordered.start_ns[nested]
-    np.subtract.at(own, parent[nested], overlap)
-    result = np.empty_like(own)
-    result[order] = own
-    return result
+def owners_in(spans: Spans, events: Events) -> Owners:
+    """Return the owners of the events of a profiled pass, given its spans on the profiler's clock.
 
-
-def enclosing(events: Events) -> np.ndarray:
-    """Return for each event the row of the event directly around it on its thread (-1 for none).
-
-    Events must be sorted by process, thread, start, the longer first. The first candidate is the row
-    before; while a candidate ended before the event began, the candidate's own candidate takes its place.
-    All rows move at once and skip what others skipped already: about log2(n) rounds.
+    Every host event, profkit's ranges included, belongs to the innermost span open as it begins.
     """
-    count = len(events)
-    end = events.end_ns
-    new_lane = (np.diff(events.process) != 0) | (np.diff(events.thread) != 0)
-    lane = np.cumsum(np.append(0, new_lane))[:count]
-    parent = np.arange(-1, count - 1)
-    pending = np.arange(count)
-    while len(pending):
-        candidate = parent[pending]
-        elsewhere = (candidate >= 0) & (lane[candidate] != lane[pending])
-        parent[pending[elsewhere]] = NOBODY
-        ended = (candidate >= 0) & ~elsewhere & (end[candidate] <= events.start_ns[pending])
-        pending = pending[ended]
-        parent[pending] = parent[parent[pending]]
-    return parent
+    host = ~events.is_kind(*DEVICE, Kind.SYNC, Kind.DEVICE_RANGE)
+    segment = np.where(host, owning_segment(spans, events.start_ns), NOTHING)
+    owned = segment >= 0
+    lane = lanes(events)
+    main = lane[is_range(events)][:1]
+    why = np.where(owned, np.where(lane == main, Why.INSIDE, Why.OTHER_THREAD), Why.NO_SCOPE)
+    stage, step, scope = (
+        np.append(spans.stage, NOTHING),
+        np.append(spans.step, NOTHING),
+        np.append(spans.owner, NOTHING),
+    )
+    scope = np.where(scope >= 0, np.append(spans.scope, NOTHING)[scope], NOTHING)
+    return follow_launches(events, scopes_of(spans), stage[segment], step[segment], scope[segment], why)
+
+
+def scopes_of(spans: Spans) -> Scopes:
+    """Return the vocabulary of a pass."""
+    steps, host = spans.steps, spans.marks.host_ns
+    module = np.array([scope.kind not in ("outside", "sample", "generate", "input") for scope in spans.scopes])
+    phase = np.where(steps.prefill, stages.INDEX["prefill"], stages.INDEX["decode"])
+    labels = [f"{stages.NAMES[one]} {number}" for number, one in enumerate(phase.tolist())]
+    levels = np.where(module, Level.MODULE, Level.RANGE)
+    paths = [scope.path for scope in spans.scopes]
+    return Scopes(stages.NAMES, paths, levels, phase, labels, host[steps.start], host[steps.stop])

@@ -6,7 +6,6 @@ import copy
 import functools
 import inspect as signatures
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from profkit import attribution, chrome, environment, inspection, kineto, structure, tables, tracks
+from profkit import annotate, attribution, device_tables, environment, inspection, kineto, structure, tracks, validation
 from profkit import run as runs
 from profkit.anatomy import Anatomy, Calls, PartNames
 from profkit.clock import DeviceClock
@@ -277,14 +276,16 @@ class _Tracing:
             elapsed = self._instrumented(ledger, instrument, "profiled")
         spans = Spans(_marks(ledger, self.clock), self.scopes.list)
         known = tuple(sorted(self.plan.profile_steps & set(range(len(spans.steps)))))
-        content = chrome.parse(session.export())
         result.passes.append(Pass("profiled", elapsed, spans, known))
-        own = attribution.is_range(content.events)
-        profile_clock = attribution.aligned(spans, content.events)
-        result.operators = tables.operator_table(profile_clock, content.events.select(~own))
+        events = session.events()
+        profile_clock = attribution.aligned(spans, events)
+        kernels, result.operators, device = device_tables.of_pass(profile_clock, events)
+        if len(kernels):
+            result.kernels, result.device = kernels, device
         shown = tracks.of(profile_clock, runs.recorded(spans, known))
-        result.trace_json = chrome.encode(content, own, shown, {"model": self.anatomy.model_class, "steps": known})
-        result.manifest["checks"] = {"trace": validate(result.trace_json)}
+        about = {"model": self.anatomy.model_class, "steps": known}
+        result.trace_json = annotate.annotated(session.export(), attribution.RANGE_PREFIX, shown, about)
+        result.manifest["checks"] = {"trace": validation.validate_text(result.trace_json)}
 
     def _instrumented(self, ledger: Ledger, instrument: Instrument, kind: str) -> int:
         self._reset_random_state()
@@ -350,19 +351,6 @@ def describe_failure(error: Exception, model: nn.Module) -> str:
             f"--max-new-tokens, or a smaller model ({text[:200]})."
         )
     return f"{name}.generate() failed: {type(error).__name__}: {text[:500]}"
-
-
-def validate(trace_json: bytes) -> str:
-    """Return the verdict of torch's own trace validator, or why there is none."""
-    try:
-        from torch.profiler._trace_validator import validate_trace
-    except ImportError:
-        return f"not checked: torch {torch.__version__} has no trace validator"
-    with tempfile.TemporaryDirectory(prefix="profkit-") as folder:
-        path = Path(folder) / "trace.json"
-        path.write_bytes(trace_json)
-        passed, violations = validate_trace(str(path))
-    return "passed" if passed else "; ".join(str(one) for one in violations[:5])
 
 
 def _fresh(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,15 @@
-"""The Chrome trace format, read and written.
-
-Reading gives the file's events twice: typed, as columns, and raw, so that they can be written
-again untouched. Writing adds profkit's own tracks above those of the profiler.
-"""
+"""The Chrome trace format, read into columns."""
 
 from __future__ import annotations
 
-import gzip
+import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import compress, count
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,160 +17,245 @@ import msgspec
 import numpy as np
 
 from profkit.errors import InputError
-from profkit.events import Events
+from profkit.events import COLUMNS, DEVICE, NOTHING, Events, Kind, device_name, kind_of
+from profkit.pieces import BLOCK_BYTES, CONTROL, Args, Damage, Event, EventTexts, ExactEvent
 
-OWN_PROCESS = 2_000_000_000
-"""Process number of profkit's tracks, out of reach of real processes and of device numbers."""
-
-
-class _Event(msgspec.Struct, gc=False):
-    ph: str = ""
-    name: str = ""
-    cat: str = ""
-    ts: float = 0.0
-    dur: float = 0.0
-    pid: int | str = -1
-    tid: int | str = -1
-
-
-class _File(msgspec.Struct, gc=False):
-    traceEvents: list[msgspec.Raw]  # noqa: N815 - the format's spelling
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A slice on one of profkit's tracks; times in ns on the profiler's clock."""
-
-    name: str
-    start_ns: int
-    duration_ns: int
-    args: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Track:
-    """A named row of slices, which nest or follow each other."""
-
-    name: str
-    slices: Sequence[Slice]
+EVENTS_KEY = re.compile(rb'"traceEvents"\s*:\s*\[')
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A trace file in memory: header fields, every event as raw JSON, and the complete ones as columns.
+    """A trace file: its complete events as columns, what stands around them, and what was lost.
 
-    `row` gives for each of `events` its position in `raw`. `pseudo` tells which raw events are about the
-    profiler's session, in pseudo-processes with text for a number (`Spans`, `Traces`).
+    `header` holds the file's fields other than the events; `processes` and `threads` the values behind the numbers in
+    events.process and events.thread; `own` the arguments of profkit's slices, in the order of these events;
+    `others` counts what is no complete event, by (phase, category): flows are ("s", "ac2g") and ("f", "ac2g").
     """
 
-    header: dict[str, Any]
-    raw: list[msgspec.Raw]
-    pseudo: np.ndarray
-    row: np.ndarray
     events: Events
+    header: dict[str, Any]
+    processes: list[Any]
+    threads: list[Any]
+    own: list[dict[str, Any]]
+    others: Counter[tuple[str, str]]
+    damage: Damage
 
 
 def read(path: Path) -> Trace:
-    """Read a trace file, plain or gzip. Raises InputError if it is not one."""
+    """Read a trace file, plain or gzip. Raises InputError if nothing of it is a Chrome trace."""
+    damage = Damage()
     try:
-        content = path.read_bytes()
-        return parse(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise InputError(f"{path} is empty.")
+        return _read(_ahead(_blocks(path, damage)), damage, str(path))
     except OSError as error:
         raise InputError(f"Cannot read the trace {path}: {error.strerror or error}.") from error
-    except (msgspec.DecodeError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} is not a whole Chrome trace: {error}.") from error
+
+
+def looks_like_trace(path: Path) -> bool:
+    """Tell whether a file's first block begins a list of events."""
+    try:
+        start = next(_blocks(path, Damage()), b"").lstrip()
+    except OSError:
+        return False
+    return start[:1] == b"[" or EVENTS_KEY.search(start) is not None
 
 
 def parse(content: bytes) -> Trace:
-    """Parse the text of a trace file. Raises msgspec.DecodeError if it is not a Chrome trace."""
-    raw = msgspec.json.decode(content, type=_File).traceEvents
-    header = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
-    header.pop("traceEvents")
-    typed = msgspec.json.Decoder(list[_Event]).decode(_join(raw))
-    complete = [(row, event) for row, event in enumerate(typed) if event.ph == "X"]
-    rows = np.array([row for row, _ in complete], dtype=np.int64)
-    return Trace(
-        {key: msgspec.json.decode(value) for key, value in header.items()},
-        raw,
-        np.array([isinstance(event.pid, str) for event in typed], dtype=bool),
-        rows,
-        _columns([event for _, event in complete]),
-    )
+    """Read a trace from the text of its file. Raises InputError if nothing of it is a Chrome trace."""
+    return _read((content[i : i + BLOCK_BYTES] for i in range(0, len(content), BLOCK_BYTES)), Damage(), "The text")
 
 
-def _columns(found: list[_Event]) -> Events:
-    names, name = _ids([event.name for event in found])
-    categories, category = _ids([event.cat for event in found])
-    start = np.array([event.ts for event in found], dtype=np.float64)
-    duration = np.array([event.dur for event in found], dtype=np.float64)
-    return Events(
-        names,
-        categories,
-        name,
-        category,
-        _ns(start),
-        _ns(duration),
-        _ids([event.pid for event in found])[1],
-        _ids([event.tid for event in found])[1],
-    )
+def _blocks(path: Path, damage: Damage) -> Iterator[bytes]:
+    """Yield the file's text in blocks, decompressed if need be, up to where its compression is damaged."""
+    with path.open("rb") as file:
+        first = file.read(2)
+        file.seek(0)
+        if first != b"\x1f\x8b":
+            while block := file.read(BLOCK_BYTES):
+                yield block
+            return
+        try:
+            yield from _unzipped(iter(lambda: file.read(BLOCK_BYTES // 8), b""))
+        except zlib.error as error:
+            damage.reason, damage.cut_short = f"gzip: {error}", True
 
 
-def _ns(microseconds: np.ndarray) -> np.ndarray:
-    return np.rint(microseconds * 1000.0).astype(np.int64)
+def _unzipped(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the text of all members of a gzip file; what precedes damage comes before zlib.error is raised."""
+    unzip = zlib.decompressobj(wbits=31)
+    for packed in blocks:
+        while packed:
+            before = unzip.copy()
+            try:
+                text = unzip.decompress(packed)
+            except zlib.error:
+                # A failing call gives nothing back: go over the block again in small steps.
+                for start in range(0, len(packed), 64):
+                    yield before.decompress(packed[start : start + 64])
+                raise
+            yield text
+            packed = unzip.unused_data
+            if unzip.eof:
+                unzip = zlib.decompressobj(wbits=31)
 
 
-def _ids(values: list[Any]) -> tuple[list[Any], np.ndarray]:
-    """Return the distinct values, in order of first sight, and each value's number."""
-    numbers = dict.fromkeys(values)
-    for number, value in enumerate(numbers):
-        numbers[value] = number
-    return list(numbers), np.fromiter(map(numbers.__getitem__, values), dtype=np.int64, count=len(values))
+def _ahead(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the blocks, the next one being read in a thread meanwhile: decompression holds no lock."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = pool.submit(next, blocks, None)
+            yield block
 
 
-def _join(raw: Iterable[bytes | msgspec.Raw]) -> bytes:
-    return b"[" + b",\n".join(bytes(one) for one in raw) + b"]"
+def _read(blocks: Iterable[bytes], damage: Damage, name: str) -> Trace:
+    blocks = iter(blocks)
+    head, text = _head(blocks, name)
+    columns, events = _Columns(), EventTexts(damage)
+    for block in blocks:
+        columns.extend(events.decoded(text + block))
+        text = events.rest
+    columns.extend(events.last(text))
+    if not (columns.number or columns.others) and (damage.lost or damage.cut_short):
+        raise InputError(f"{name} holds no event that can be read: {damage.reason}.")
+    trace = columns.trace({**_fields(head), **_fields(b'{"":0' + events.tail)}, damage)
+    if len(trace.others) == 1 and ("", "") in trace.others:
+        raise InputError(f"{name} is JSON, but the objects in it are not trace events.")
+    return trace
 
 
-def encode(trace: Trace, dropped: np.ndarray, tracks: Sequence[Track], metadata: dict[str, Any]) -> bytes:
-    """Return the text of a trace file: profkit's tracks, then the events of `trace`.
-
-    `dropped` is a mask over trace.events of events to leave out. Pseudo-processes are left out too: viewers
-    reject process numbers that are text, and one slice as long as the session dwarfs the program's.
-    """
-    keep = ~trace.pseudo
-    keep[trace.row[dropped]] = False
-    foreign = (one for one, kept in zip(trace.raw, keep, strict=True) if kept)
-    own = (msgspec.json.encode(event) for event in _own_events(tracks))
-    header = {key: value for key, value in trace.header.items() if key != "traceName"}
-    head = msgspec.json.encode({**header, "profkit": metadata})
-    return head[:-1] + b',"traceEvents":' + _join([*own, *foreign]) + b"}"
-
-
-def _own_events(tracks: Sequence[Track]) -> Iterator[dict[str, Any]]:
-    yield _label("process_name", 0, name="profkit")
-    yield _label("process_sort_index", 0, sort_index=-1)
-    for number, track in enumerate(tracks, start=1):
-        yield _label("thread_name", number, name=track.name)
-        yield _label("thread_sort_index", number, sort_index=number)
-        for one in track.slices:
-            yield {
-                "ph": "X",
-                "cat": "profkit",
-                "name": one.name,
-                "pid": OWN_PROCESS,
-                "tid": number,
-                "ts": one.start_ns / 1000,
-                "dur": one.duration_ns / 1000,
-                "args": one.args,
-            }
+def _head(blocks: Iterator[bytes], name: str) -> tuple[bytes, bytes]:
+    """Return what stands before the list of events, and the beginning of the list's content."""
+    text = b""
+    for block in blocks:
+        text += block
+        start = text.lstrip()[:1]
+        if start and start not in b"{[":
+            break
+        if start == b"[":
+            return b"{", text.lstrip()[1:]
+        if found := EVENTS_KEY.search(text):
+            return text[: found.start()], text[found.end() :]
+    if text.lstrip()[:1] == b"{":
+        try:
+            msgspec.json.decode(text)
+        except msgspec.DecodeError as error:
+            raise InputError(f"{name} is not a whole JSON file, and its events were not reached: {error}.") from error
+        raise InputError(f"{name} is JSON, but no Chrome trace: it has no list traceEvents.")
+    if not text:
+        raise InputError(f"{name} is empty, or its compression is damaged from the start.")
+    raise InputError(f"{name} is not JSON.")
 
 
-def _label(what: str, thread: int, **args: Any) -> dict[str, Any]:
-    return {"ph": "M", "name": what, "pid": OWN_PROCESS, "tid": thread, "ts": 0, "args": args}
+def _fields(text: bytes) -> dict[str, Any]:
+    """Return the fields of an object whose text breaks off before its end; none if it is damaged."""
+    whole = text.rstrip().rstrip(b"}").rstrip().rstrip(b",") if text.startswith(b'{"":0') else text.rstrip(b", \r\n\t")
+    for candidate in (text, whole + b"}", text.rstrip().rstrip(b",") + b"}"):
+        try:
+            found = msgspec.json.decode(candidate.translate(CONTROL), type=dict[str, Any])
+        except msgspec.DecodeError:
+            continue
+        found.pop("", None)
+        return found
+    return {}
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write the text of a trace, compressed if the name ends in .gz; the same text gives the same file."""
-    if path.suffix == ".gz":
-        content = gzip.compress(content, compresslevel=6, mtime=0)
-    path.write_bytes(content)
+def _ids() -> defaultdict[Any, int]:
+    return defaultdict(count().__next__)
+
+
+def _first(one: Any, other: Any) -> Any:
+    return other if one is None else one
+
+
+def _number(value: Any) -> int:
+    """Return a correlation that was written as text or as a float, NOTHING for what is no number."""
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError):
+        return NOTHING
+
+
+@dataclass
+class _Columns:
+    """Collects columns chunk by chunk."""
+
+    names: defaultdict[Any, int] = field(default_factory=_ids)
+    categories: defaultdict[Any, int] = field(default_factory=_ids)
+    devices: defaultdict[Any, int] = field(default_factory=_ids)
+    processes: defaultdict[Any, int] = field(default_factory=_ids)
+    threads: defaultdict[Any, int] = field(default_factory=_ids)
+    chunks: list[list[np.ndarray]] = field(default_factory=list)
+    own: list[dict[str, Any]] = field(default_factory=list)
+    others: Counter[tuple[str, str]] = field(default_factory=Counter)
+    number: int = 0
+
+    def extend(self, decoded: list[Event]) -> None:
+        """Add decoded events."""
+        complete = np.fromiter(map("X".__eq__, map(attrgetter("ph"), decoded)), bool, len(decoded))
+        self.others.update(map(attrgetter("ph", "cat"), compress(decoded, (~complete).tolist())))
+        found = list(compress(decoded, complete.tolist()))
+        if not found:
+            return
+        size = len(found)
+        self.number += size
+        exact = isinstance(found[0], ExactEvent)
+        category = self._ids(self.categories, map(attrgetter("cat"), found), size)
+        kind = np.array([kind_of(name) for name in self.categories], dtype=np.int8)[category]
+        self.chunks.append(
+            [
+                self._ids(self.names, map(attrgetter("name"), found), size),
+                category,
+                _ns(map(attrgetter("ts"), found), size, exact),
+                _ns(map(attrgetter("dur"), found), size, exact),
+                self._ids(self.processes, map(attrgetter("pid"), found), size),
+                self._ids(self.threads, map(attrgetter("tid"), found), size),
+                *self._links(found, kind),
+            ]
+        )
+        mine = compress(found, (kind == Kind.PROFKIT).tolist())
+        self.own += [msgspec.to_builtins(event.args) if event.args else {} for event in mine]
+
+    @staticmethod
+    def _ids(ids: defaultdict[Any, int], values: Iterable[Any], size: int) -> np.ndarray:
+        return np.fromiter(map(ids.__getitem__, values), np.int32, size)
+
+    def _links(self, found: list[Event], kind: np.ndarray) -> list[np.ndarray]:
+        """Return the columns of the events that are launches or run on a device; NOTHING elsewhere."""
+        links = [np.full(len(found), NOTHING, dtype=dtype) for dtype in (np.int64, np.int32, np.int32, np.int32)]
+        correlation, device, stream, launched = links
+        on_device = np.isin(kind, [*DEVICE, Kind.SYNC, Kind.DEVICE_RANGE])
+        linked = np.flatnonzero(on_device | (kind == Kind.RUNTIME))
+        no_args = Args()
+        args = [found[row].args or no_args for row in linked.tolist()]
+        kernels = list(map(attrgetter("kernel"), args))
+        if any(kernels):
+            tells = np.fromiter((isinstance(one, str) for one in kernels), bool, len(args))
+            launched[linked[tells]] = [self.names[one] for one in compress(kernels, tells.tolist())]
+        try:
+            correlation[linked] = np.fromiter(map(attrgetter("correlation"), args), np.int64, len(args))
+        except (TypeError, ValueError):
+            correlation[linked] = np.fromiter(map(_number, map(attrgetter("correlation"), args)), np.int64, len(args))
+        running = list(compress(found, on_device.tolist()))
+        args = list(compress(args, on_device[linked].tolist()))
+        numbers = map(_first, map(attrgetter("device"), args), map(attrgetter("pid"), running))
+        named = map(device_name, map(attrgetter("cat"), running), numbers)
+        device[on_device] = self._ids(self.devices, named, len(running))
+        streams = map(_first, map(attrgetter("stream"), args), map(attrgetter("tid"), running))
+        stream[on_device] = self._ids(self.threads, streams, len(running))
+        return links
+
+    def trace(self, header: dict[str, Any], damage: Damage) -> Trace:
+        """Return everything collected."""
+        joined = [np.concatenate(parts) for parts in zip(*self.chunks, strict=True)]
+        columns = joined or [np.empty(0, dtype=np.int64) for _ in COLUMNS]
+        events = Events(list(self.names), list(self.categories), list(self.devices), *columns)
+        return Trace(events, header, list(self.processes), list(self.threads), self.own, self.others, damage)
+
+
+def _ns(microseconds: Iterable[Any], size: int, exact: bool) -> np.ndarray:
+    if exact:
+        return np.fromiter((int(value * 1000) for value in microseconds), np.int64, size)
+    return np.rint(np.fromiter(microseconds, np.float64, size) * 1000.0).astype(np.int64)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +17,7 @@ from rich.markup import escape
 
 from profkit import __version__, text
 from profkit.errors import InputError, MeasurementError, ProfkitError
+from profkit.options import new_directory, parse_parts, parse_steps
 
 if TYPE_CHECKING:
     from profkit.models import Loaded
@@ -27,7 +25,8 @@ if TYPE_CHECKING:
     from profkit.samples import ImageSample
 
 DEFAULT_MODEL = "tiny-llava"
-MOST_STEPS = 1_000_000
+MOST_VALIDATED = 300_000
+"""Events that torch's validator, which loads them as Python objects, is asked to check unless told so."""
 
 
 class Command(click.Command):
@@ -135,6 +134,104 @@ def inspect_command(arguments: tuple[str, ...], model: str | None, as_json: bool
         console.print(part)
 
 
+@cli.command(cls=Command, context_settings={"show_default": True})
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
+@click.option(
+    "--capture",
+    "captures",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A trace of the pass that captured the device graphs: it tells what replayed kernels belong to.",
+)
+@click.option("--top", type=click.IntRange(1), default=15, help="Rows of the tables of kernels and operators.")
+@click.option("--csv", type=click.Path(path_type=Path), metavar="DIR", help="Also write every table as CSV.")
+@click.option("--parquet", type=click.Path(path_type=Path), metavar="DIR", help="Also write every table as Parquet.")
+@click.option(
+    "--validate/--no-validate",
+    default=None,
+    help="torch's own validator of traces, which needs torch.  [default: up to 300,000 events]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def analyze(files: tuple[Path, ...], captures: tuple[Path, ...], as_json: bool, **options: Any) -> None:
+    """Say which scope owns each kernel of a trace, and whether host or device sets the pace.
+
+    FILE is a Chrome trace that torch.profiler wrote, plain or gzip, from any version and device; a run of profkit's;
+    or a
+    directory of traces, such as TensorBoard's or one file a rank. A file that cannot be read is named, and the next
+    one goes on.
+
+    Example: profkit analyze trace.json.gz --parquet tables
+    """
+    from profkit import analysis, trace_text
+
+    targets = {suffix: options[suffix] for suffix in ("csv", "parquet") if options[suffix]}
+    for target in targets.values():
+        if target.exists():
+            raise InputError(f"{target} already exists: choose another directory.")
+    with Console(stderr=True).status("reading") as status:
+        found, failed = _analyses(files, captures, options["validate"], status.update)
+    between = analysis.rank_table(found)
+    if as_json:
+        click.echo(json.dumps(trace_text.all_as_dict(found, between, failed), indent=1, allow_nan=False))
+    else:
+        console = Console(highlight=False)
+        for one in found:
+            for part in (*trace_text.report(one, options["top"]), ""):
+                console.print(part)
+        if len(between):
+            console.print(trace_text.ranks(between))
+    for suffix, target in targets.items():
+        if found:
+            analysis.write_tables(found, between, target, suffix)
+            click.echo(f"Wrote {target}", err=as_json)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    for sentence in failed.values():
+        errors.print(f"[red]Error:[/red] {escape(sentence)}")
+    if failed:
+        click.get_current_context().exit(InputError.exit_status)
+
+
+def _analyses(
+    paths: Sequence[Path], captures: Sequence[Path], validate: bool | None, progress: Any
+) -> tuple[list[Any], dict[str, str]]:
+    """Return the analyses of all files, and a sentence for each that there is none of."""
+    from profkit import analysis
+
+    explained = [analysis.attributed(one) for path in captures for one in analysis.trace_files(path)]
+    found: list[analysis.Analysis] = []
+    failed: dict[str, str] = {}
+    for path in paths:
+        try:
+            files = analysis.trace_files(path)
+        except InputError as error:
+            failed[str(path)] = str(error)
+            continue
+        for file in files:
+            progress(f"reading {file}")
+            try:
+                one = analysis.analyze(file, explained)
+                analysis.check_ranks(found, one, directory=path.is_dir())
+            except InputError as error:
+                failed[str(file)] = str(error)
+                continue
+            one.validated = _validated(one, validate)
+            found.append(one)
+    return found, failed
+
+
+def _validated(one: Any, validate: bool | None) -> str:
+    """Return what torch's validator says of a trace, or why it was not asked."""
+    if validate is None and one.events > MOST_VALIDATED:
+        return f"not asked, as there are {one.events} events (--validate)"
+    if validate is False:
+        return "not asked (--no-validate)"
+    from profkit import validation
+
+    _quiet_libraries()
+    return validation.validate(one.path)
+
+
 def _inspect(name: str, inputs: Sequence[str], options: dict[str, Any], progress: Any) -> tuple[Any, Any, list[Any]]:
     """Load the model and return its anatomy, the table of its parts and its capabilities."""
     _quiet_libraries()
@@ -172,17 +269,6 @@ def _named(arguments: tuple[str, ...], model: str | None) -> tuple[str, tuple[st
     return (model, arguments) if model else ((*arguments, DEFAULT_MODEL)[0], arguments[1:])
 
 
-def parse_parts(parts: Sequence[str]) -> dict[str, list[str]]:
-    """Return role → paths from words such as projector=model.merger. Raises InputError for others."""
-    named: dict[str, list[str]] = {}
-    for word in parts:
-        role, equals, path = word.partition("=")
-        if not (role and equals and path):
-            raise InputError(f"--part {word!r} is not role=path, such as projector=model.multi_modal_projector.")
-        named.setdefault(role, []).append(path)
-    return named
-
-
 def _print_report(run: Run, saved: Path) -> None:
     console = Console(highlight=False)
     for part in text.report(run):
@@ -203,7 +289,7 @@ def _measure(
     progress: Any,
 ) -> tuple[Any, Path]:
     """Load the model, trace it, and return the run and where it was saved."""
-    target = out or _new_directory(name)
+    target = out or new_directory(name)
     _quiet_libraries()
     progress("importing torch and transformers")
     from profkit import capture, run
@@ -278,28 +364,6 @@ def _generate_options(loaded: Loaded, options: dict[str, Any]) -> dict[str, Any]
         # Random weights may emit the end token at any time: all passes shall do the same work.
         chosen |= {"min_new_tokens": options["max_new_tokens"], "do_sample": False}
     return chosen
-
-
-def parse_steps(steps: str) -> frozenset[int]:
-    """Return the step numbers in a list such as "0-4,10". Raises InputError if it is not one."""
-    chosen: set[int] = set()
-    for part in steps.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if match is None or (match[2] and int(match[2]) < int(match[1])):
-            raise InputError(f"--profile-steps {steps!r} is not a list of steps such as 0-4,10.")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last > MOST_STEPS:
-            raise InputError(f"--profile-steps {steps!r} reaches beyond step {MOST_STEPS}.")
-        chosen.update(range(first, last + 1))
-    return frozenset(chosen)
-
-
-def _new_directory(model: str) -> Path:
-    """Return traces/<model>-<time>, with a number behind it if that is taken."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2]).strip("-.") or "model"
-    base = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    candidates = (Path("traces") / (f"{base}-{number}" if number > 1 else base) for number in itertools.count(1))
-    return next(path for path in candidates if not path.exists())
 
 
 def main() -> None:

@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from profkit import chrome, stages, stats, tables
+from profkit import annotate, device_tables, stages, stats, tables
 from profkit.anatomy import Anatomy
 from profkit.errors import InputError, ProfkitError
 from profkit.ledger import Marks, Scope
 from profkit.spans import Spans
 
 SCHEMA = 1
+OF_PROFILE = ("operators", "kernels", "device")
+"""Tables of the profiled pass, kept as they were computed."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ class Pass:
 class Run:
     """One measurement. Tables come from the clean pass of median total: a real one, so its rows add up.
 
-    `manifest` holds what was run, where and with what result, as plain JSON values.
+    `manifest` holds what was run, where and with what result, as plain JSON values. `operators`, `kernels` and `device`
+    (see device_tables: operator_table, kernel_table, stage_table) are of the profiled pass and sum over the steps it
+    recorded, whose number stands in each row. None without such a pass; `kernels` and `device` also without a device.
     """
 
     manifest: dict[str, Any]
@@ -51,6 +55,8 @@ class Run:
     scopes: list[Scope]
     passes: list[Pass]
     operators: pd.DataFrame | None = None
+    kernels: pd.DataFrame | None = None
+    device: pd.DataFrame | None = None
     trace_json: bytes | None = None
     path: Path | None = None
 
@@ -84,7 +90,16 @@ class Run:
         Rows sum to the total of the calls of generate(), `other` included; where the run also loaded and
         preprocessed its inputs, these have rows of their own and the sum is the sample's total.
         """
-        return tables.stage_table(self.representative)
+        table = tables.stage_table(self.representative)
+        return table if self.device is None else table.assign(busy_ms=self._busy_ms(table.index))
+
+    def _busy_ms(self, names: pd.Index) -> np.ndarray:
+        """Return each stage's busy time, NaN where unknown: that of a recorded step, times the clean pass's steps."""
+        assert self.device is not None
+        of_stages = self.device[self.device["stage"] != device_tables.ALL]
+        per_step = (of_stages["busy_ms"] / of_stages["steps"]).groupby(of_stages["stage"]).sum()
+        made = tables.steps_by_stage(self.representative)
+        return (per_step * made).reindex(names).to_numpy()
 
     def spread(self) -> pd.DataFrame:
         """Return, over all clean passes, each stage's median_ms, p10_ms and p90_ms, and those of the total."""
@@ -248,11 +263,12 @@ def _write(run: Run, folder: Path) -> None:
         _parquet(run.steps(), folder / "steps.parquet")
         _parquet(run.modules(), folder / "modules.parquet")
         run.breakdown().to_csv(folder / "breakdown.csv", float_format="%.6f")
-    if run.operators is not None:
-        _parquet(run.operators, folder / "operators.parquet")
+    for name in OF_PROFILE:
+        if (table := getattr(run, name)) is not None:
+            _parquet(table, folder / f"{name}.parquet")
     earlier = run.path / "trace.json.gz" if run.path is not None else None
     if run.trace_json is not None:
-        chrome.write(folder / "trace.json.gz", run.trace_json)
+        annotate.write(folder / "trace.json.gz", run.trace_json)
     elif earlier is not None and earlier.exists():
         shutil.copyfile(earlier, folder / "trace.json.gz")
     if (folder / "trace.json.gz").exists():
@@ -284,12 +300,11 @@ def _read(folder: Path, manifest: dict[str, Any]) -> Run:
         for number, one in enumerate(manifest.pop("passes"))
     ]
     anatomy = Anatomy.from_record(manifest.pop("anatomy"))
-    operators = folder / "operators.parquet"
+    profile = {name: folder / f"{name}.parquet" for name in OF_PROFILE}
     for key in ("schema", "latency"):
         manifest.pop(key)
-    return Run(
-        manifest, anatomy, scopes, passes, pd.read_parquet(operators) if operators.exists() else None, path=folder
-    )
+    of_profile: dict[str, Any] = {name: pd.read_parquet(file) for name, file in profile.items() if file.exists()}
+    return Run(manifest, anatomy, scopes, passes, path=folder, **of_profile)
 
 
 def _spans_of(frame: pd.DataFrame, number: int, scopes: list[Scope]) -> Spans | None:

@@ -8,14 +8,11 @@ import numpy as np
 import pandas as pd
 
 from profkit import stages
-from profkit.attribution import owning_segment, self_time_ns
-from profkit.events import Events
 from profkit.ledger import NO_TIME
 from profkit.spans import NOBODY, Spans
 from profkit.stats import percentile
 
 MS = 1e6
-OPERATOR_CATEGORIES = ("cpu_op", "Operator", "user_annotation")
 
 
 def stage_table(spans: Spans, segments: np.ndarray | None = None) -> pd.DataFrame:
@@ -67,6 +64,15 @@ def _stage_calls(spans: Spans) -> np.ndarray:
     calls[stages.INDEX["decode"]] = len(spans.steps) - prefills
     calls[stages.INDEX["select"]] = len(spans.steps)
     return calls
+
+
+def steps_by_stage(spans: Spans) -> pd.Series:
+    """Return for each stage in how many steps it occurs, at least one: load and preprocess belong to none."""
+    counted = spans.stage >= 0
+    pairs = pd.DataFrame({"stage": spans.stage[counted], "step": spans.step[counted]}).drop_duplicates()
+    steps = pairs[pairs["step"] >= 0].groupby("stage").size()
+    found = steps.reindex(np.unique(pairs["stage"]), fill_value=0).clip(lower=1)
+    return found.rename(index=dict(enumerate(stages.NAMES)))
 
 
 def step_table(spans: Spans) -> pd.DataFrame:
@@ -132,40 +138,6 @@ def _inside_itself(spans: Spans) -> np.ndarray:
         inside |= (above >= 0) & (spans.scope[above] == spans.scope)
         above = np.where(above >= 0, spans.parent[above], NOBODY)
     return inside
-
-
-def operator_table(spans: Spans, events: Events) -> pd.DataFrame:
-    """Return a row for each operator in each scope: name, stage, path, calls, total_ms, self_ms.
-
-    Spans must be on the profiler's clock (attribution.aligned); path is "" where no scope was open.
-    """
-    operators = events.select(events.of_category(*OPERATOR_CATEGORIES))
-    segment = owning_segment(spans, operators)
-    owned = segment >= 0
-    scope = np.where(owned, spans.scope[spans.owner[segment]], 0) if len(spans) else segment * 0
-    stage = np.where(owned, spans.stage[segment], NOBODY) if len(spans.stage) else segment
-    rows = pd.DataFrame(
-        {
-            "name": operators.name,
-            "stage": stage,
-            "scope": scope,
-            "total_ns": operators.duration_ns,
-            "self_ns": self_time_ns(operators),
-        }
-    )
-    grouped = rows.groupby(["name", "stage", "scope"], sort=False)
-    table = grouped.agg(calls=("total_ns", "size"), total_ns=("total_ns", "sum"), self_ns=("self_ns", "sum"))
-    table = table.reset_index().sort_values("self_ns", ascending=False, kind="stable")
-    return pd.DataFrame(
-        {
-            "name": np.array(operators.names, dtype=object)[table["name"]],
-            "stage": np.array([*stages.NAMES, "outside"])[table["stage"]],
-            "path": np.array([scope.path for scope in spans.scopes], dtype=object)[table["scope"]],
-            "calls": table["calls"].to_numpy(),
-            "total_ms": table["total_ns"].to_numpy() / MS,
-            "self_ms": table["self_ns"].to_numpy() / MS,
-        }
-    )
 
 
 @dataclass(frozen=True)

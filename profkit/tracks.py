@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from profkit import stages
-from profkit.chrome import Slice, Track
+from profkit.annotate import Slice, Track
 from profkit.spans import Spans
 
 

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 from profkit import models
-from profkit.events import Events
+from profkit.events import NOTHING, Events
 from profkit.ledger import Ledger, Scope
 from profkit.spans import Spans
 
@@ -94,9 +94,10 @@ def events_of(rows: Iterable[tuple[str, int, int, int]], category: str = "cpu_op
     listed = list(rows)
     names = list(dict.fromkeys(name for name, *_ in listed))
     columns = np.array([row[1:] for row in listed], dtype=np.int64).reshape(-1, 3)
-    zeros = np.zeros(len(listed), dtype=np.int64)
+    zeros, none = np.zeros(len(listed), dtype=np.int64), np.full(len(listed), NOTHING)
     name = np.array([names.index(name) for name, *_ in listed], dtype=np.int64)
-    return Events(names, [category], name, zeros, columns[:, 0], columns[:, 1], zeros, columns[:, 2])
+    times = columns[:, 0], columns[:, 1]
+    return Events(names, [category], [], name, zeros, *times, zeros.copy(), columns[:, 2], none, none, none, none)
 
 
 @cache

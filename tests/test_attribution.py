@@ -1,64 +1,23 @@
-"""Which span owns an event, and operators' self times, against plain definitions."""
+"""Which scope owns each event of a profile, and why."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 from builders import DECODER, GENERATE, LAYER, Script, events_of
-from hypothesis import given
-from hypothesis import strategies as st
+from handmade import HandMade, programs
+from hypothesis import given, settings
 
-from profkit.attribution import aligned, is_range, owning_segment, self_time_ns
+from profkit import chrome
+from profkit.analysis import Attributed
+from profkit.attribution import Why, aligned, is_range, launches, owning_segment
+from profkit.device_tables import kernel_table, of_pass
 from profkit.errors import MeasurementError
-from profkit.tables import operator_table
-
-
-def slow_self_times(rows: list[tuple[str, int, int, int]]) -> list[int]:
-    """The plain definition: an event's duration less that of the events directly inside it."""
-    own = [duration for _, _, duration, _ in rows]
-    for row, (_, start, duration, thread) in enumerate(rows):
-        around = [
-            other
-            for other, (_, begin, length, lane) in enumerate(rows)
-            if other != row
-            and lane == thread
-            and begin <= start
-            and start + duration <= begin + length
-            and (length > duration or begin < start)
-        ]
-        if around:
-            own[min(around, key=lambda other: rows[other][2])] -= duration
-    return own
-
-
-@st.composite
-def nested_events(draw: st.DrawFn) -> list[tuple[str, int, int, int]]:
-    """Properly nested events on a few threads; no two begin and end together."""
-    rows: list[tuple[str, int, int, int]] = []
-
-    def fill(start: int, stop: int, thread: int, depth: int) -> None:
-        while stop - start >= 2 and len(rows) < 40 and draw(st.booleans()):
-            begin = start + draw(st.integers(0, (stop - start) // 2))
-            end = draw(st.integers(begin + 1, stop))
-            rows.append((draw(st.sampled_from("abc")), begin, end - begin, thread))
-            if depth < 5 and end - begin > 2:
-                fill(begin + 1, end - 1, thread, depth + 1)
-            start = end + 1
-
-    for thread in range(draw(st.integers(1, 3))):
-        fill(0, 1000, thread, 0)
-    return rows
-
-
-@given(nested_events(), st.randoms())
-def test_self_times_equal_the_plain_definition_in_any_order(rows, random):
-    random.shuffle(rows)
-    assert self_time_ns(events_of(rows)).tolist() == slow_self_times(rows)
-
-
-def test_a_child_rounded_past_its_parent_takes_only_what_lies_inside():
-    # parent 0..10, child 4..11 (a clock rounded to µs): 10 - (10 - 4) = 4
-    assert self_time_ns(events_of([("parent", 0, 10, 0), ("child", 4, 7, 0)])).tolist() == [4, 7]
+from profkit.events import DEVICE, HOST, Kind
+from profkit.foreign import owners_of
+from profkit.nesting import nest
 
 
 def script_on_two_clocks() -> tuple[Script, int]:
@@ -80,7 +39,7 @@ def test_spans_move_to_the_profilers_clock_by_their_ranges():
     moved = aligned(script.spans(), events)
     # offsets: mark 1 +5, 2 +10, 3 -10, 4 -5; outside the nearest holds: 0 +5, 5 -5
     assert (moved.marks.host_ns - shift).tolist() == [5, 105, 210, 290, 395, 495]
-    segment = owning_segment(moved, events.select(~is_range(events)))
+    segment = owning_segment(moved, events.select(~is_range(events)).start_ns)
     assert moved.scopes[moved.scope[moved.owner[segment[0]]]] == LAYER
 
 
@@ -97,7 +56,7 @@ def test_operators_land_in_the_scope_open_when_they_were_called():
         ("aten::rand", shift + 900, 10, 0),  # after generate(): nobody's
     ]
     events = events_of(ranges + operators)
-    table = operator_table(aligned(script.spans(), events), events.select(~is_range(events)))
+    _, table, _ = of_pass(aligned(script.spans(), events), events)
     found = {row.name: (row.stage, row.path, round(row.self_ms * 1e6)) for row in table.itertuples(index=False)}
     assert found == {
         "aten::linear": ("prefill", LAYER.path, 20),
@@ -115,6 +74,120 @@ def test_a_profile_without_ranges_is_refused():
 
 
 def test_nothing_to_attribute():
-    assert len(self_time_ns(events_of([]))) == 0
-    assert owning_segment(Script().spans(), events_of([("aten::mm", 5, 1, 0)])).tolist() == [-1]
-    assert np.array_equal(owning_segment(script_on_two_clocks()[0].spans(), events_of([])), [])
+    assert owning_segment(Script().spans(), np.array([5])).tolist() == [-1]
+    assert np.array_equal(owning_segment(script_on_two_clocks()[0].spans(), np.array([], dtype=np.int64)), [])
+
+
+def attributed(made: HandMade) -> Attributed:
+    trace = chrome.parse(made.text())
+    forest = nest(trace.events, trace.events.is_kind(*HOST))
+    return Attributed(trace, forest, *owners_of(trace, forest))
+
+
+@settings(max_examples=300, deadline=None)
+@given(programs())
+def test_random_programs_get_the_owners_they_were_made_with(made):
+    found = attributed(made)
+    events, owners = found.trace.events, found.owners
+    rows = np.flatnonzero(events.is_kind(*DEVICE)).tolist()
+    assert len(rows) == len(made.kernels)
+
+    def answer(row: int) -> tuple:
+        path = owners.scopes.paths[owners.scope[row]] if owners.scope[row] >= 0 else ""
+        why = Why(int(owners.why[row])).name.lower()
+        return events.names[events.name[row]], int(events.start_ns[row]), int(events.duration_ns[row]), path, why
+
+    # Where neither module nor annotation is open, the outermost operator is the scope.
+    expected = [
+        (one.name, one.start * 1000, one.duration * 1000, one.path or _root_operator(made, one), one.why)
+        for one in made.kernels
+    ]
+    assert sorted(map(answer, rows)) == sorted(expected)
+    table = kernel_table(events, owners, found.forest)
+    assert table["count"].sum() == len(made.kernels)
+    assert round(table["total_ms"].sum() * 1000) == sum(one.duration for one in made.kernels)
+    by_operator = table.groupby("operator")["count"].sum().to_dict()
+    assert by_operator == {
+        name: sum(one.operator == name for one in made.kernels) for name in {one.operator for one in made.kernels}
+    }
+
+
+def _root_operator(made: HandMade, kernel) -> str:
+    """The outermost operator around a kernel's launch, by the plain definition."""
+    if not kernel.operator:
+        return ""
+    device = next(
+        one
+        for one in made.events
+        if one["cat"] in ("kernel", "gpu_memcpy", "gpu_memset")
+        and (one["name"], one["ts"], one["dur"], one["pid"], one["tid"])
+        == (kernel.name, kernel.start, kernel.duration, kernel.device, kernel.stream)
+        and _operator_at(made, one) == kernel.operator
+    )
+    return _operators_around(made, device)[-1]["name"]
+
+
+def _operators_around(made: HandMade, device: dict) -> list[dict]:
+    call = next(
+        one
+        for one in made.events
+        if one["cat"] == "cuda_runtime" and one["args"]["correlation"] == device["args"]["correlation"]
+    )
+    around = [
+        one
+        for one in made.events
+        if one["cat"] == "cpu_op" and one["tid"] == call["tid"] and one["ts"] <= call["ts"] < one["ts"] + one["dur"]
+    ]
+    return sorted(around, key=lambda one: one["dur"])
+
+
+def _operator_at(made: HandMade, device: dict) -> str:
+    calls = [one for one in made.events if one["cat"] == "cuda_runtime"]
+    if device["args"]["correlation"] not in [one["args"]["correlation"] for one in calls]:
+        return ""
+    around = _operators_around(made, device)
+    return around[0]["name"] if around else ""
+
+
+def test_external_ids_are_no_correlations():
+    """Operators number themselves in a space of their own; joining across the two misattaches."""
+    made = HandMade()
+    made.host("aten::add", 0, 10, **{"External id": 1})
+    made.host("aten::mm", 20, 20, **{"External id": 2})
+    number = made.launch(22)  # correlation 1, inside mm
+    made.kernel(number, 30, 5, operator="aten::mm")
+    made.events[-1]["args"]["External id"] = 2
+    table = kernel_table(*_parts(attributed(made)))
+    assert table["operator"].tolist() == ["aten::mm"]
+
+
+def _parts(found: Attributed):
+    return found.trace.events, found.owners, found.forest
+
+
+def test_of_a_runtime_and_a_driver_call_with_one_number_the_outer_one_launches():
+    made = HandMade()
+    made.host("cuLaunchKernel", 12, 1, "cuda_driver", correlation=1)
+    number = made.launch(10, 5)
+    made.kernel(number, 30, 5)
+    events = chrome.parse(made.text()).events
+    launch = launches(events)
+    assert [events.names[events.name[row]] for row in launch[launch >= 0]] == ["cudaLaunchKernel"]
+
+
+def test_correlation_zero_ties_nothing():
+    made = HandMade()
+    made.host("cudaLaunchKernel", 10, 2, "cuda_runtime", correlation=0)
+    made.kernel(0, 30, 5)
+    assert (launches(chrome.parse(made.text()).events) == -1).all()
+
+
+def test_devices_of_other_makers_stay_devices_of_their_own(tmp_path: Path):
+    made = HandMade()
+    made.host("mtiaLaunch", 0, 2, "mtia_runtime", correlation=5)
+    made.kernel(5, 4, 3, name="ccp", device=0, category="mtia_ccp_events")
+    made.kernel(made.launch(10), 14, 3, device=0)
+    events = chrome.parse(made.text()).events
+    assert events.devices == ["mtia 0", "0"]
+    assert (events.kind == Kind.KERNEL).sum() == 2
+    assert (launches(events) >= 0).sum() == 2

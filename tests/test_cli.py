@@ -17,8 +17,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 import profkit
-from profkit.cli import cli, parse_steps
+from profkit.cli import cli
 from profkit.errors import InputError
+from profkit.options import parse_steps
 
 pytestmark = pytest.mark.smoke
 

@@ -15,6 +15,7 @@ from builders import small_llava, tiny_llava
 import profkit
 from profkit import chrome, samples, stages, tables
 from profkit.errors import InputError, MeasurementError
+from profkit.events import Kind
 from profkit.kineto import Session
 
 OPTIONS = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
@@ -171,7 +172,7 @@ def test_perfetto_shows_profkits_tracks_with_their_arguments(run_and_path):
 def test_stage_slices_on_the_trace_are_the_profiled_pass(run_and_path):
     run, path = run_and_path
     trace = chrome.read(path / "trace.json.gz")
-    own = trace.events.of_category("profkit")
+    own = trace.events.is_kind(Kind.PROFKIT)
     names = [trace.events.names[name] for name in trace.events.name[own]]
     assert {"vision", "projector", "prefill", "decode", "head", "select"} <= set(names)
     durations = pd.Series(trace.events.duration_ns[own], index=names).groupby(level=0).sum()
@@ -185,7 +186,7 @@ def test_trace_size_does_not_grow_with_the_output():
     for tokens in (8, 40):
         lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
         run = profkit.trace(model, {**kwargs, **lengths}, warmup=0, repeat=1)
-        sizes.append(len(chrome.parse(run.trace_json).raw))
+        sizes.append(len(chrome.parse(run.trace_json).events))
     assert abs(sizes[1] - sizes[0]) < 0.02 * sizes[0]
 
 

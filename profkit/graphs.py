@@ -1,0 +1,142 @@
+"""Kernels of a replayed device graph, explained by the trace of the pass that captured it.
+
+A replay is one launch with many kernels and no operators. The capture recorded the same launches, in the same order,
+inside the
+operators and modules that made them, but no kernels. Where names and order agree one by one, each kernel gets the owner
+that its launch had then; where they do not, or the capture does not name what it launched, nothing is claimed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from profkit.attribution import Owners, Why, is_graph_launch, is_launch
+from profkit.events import DEVICE, NOTHING, Events, Kind
+from profkit.nesting import Forest, lanes
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A trace in which graphs were captured."""
+
+    events: Events
+    owners: Owners
+    forest: Forest
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One graph as it was captured: its launches in order, and the name of what each launches ("" if not told)."""
+
+    capture: Capture
+    rows: np.ndarray
+    names: tuple[str, ...]
+
+
+def in_capture(events: Events) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of launches that were captured into a graph instead of run, and the number of each graph."""
+    begins = _called(events, "StreamBeginCapture")
+    ends = _called(events, "StreamEndCapture")
+    calls = np.flatnonzero(is_launch(events) & ~is_graph_launch(events))
+    if not begins.any() or not len(calls):
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    lane, start = lanes(events), events.start_ns
+    calls = calls[np.lexsort((start[calls], lane[calls]))]
+    opened, closed = _before(lane, start, begins, calls), _before(lane, start, ends, calls)
+    inside = opened > closed
+    # The number of beginnings before a launch, per thread, tells the graph.
+    return calls[inside], np.unique(np.stack([lane[calls], opened])[:, inside], axis=1, return_inverse=True)[1].ravel()
+
+
+def _called(events: Events, name: str) -> np.ndarray:
+    return (events.kind == Kind.RUNTIME) & events.named([one.endswith(name) for one in events.names])
+
+
+def _before(lane: np.ndarray, start: np.ndarray, chosen: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return for each row how many chosen events began before it on its thread."""
+    result = np.zeros(len(rows), dtype=np.int64)
+    for one in np.unique(lane[chosen]):
+        mine = lane[rows] == one
+        result[mine] = np.searchsorted(np.sort(start[chosen & (lane == one)]), start[rows[mine]])
+    return result
+
+
+def captured_graphs(capture: Capture) -> list[Captured]:
+    """Return the graphs that a trace captured."""
+    rows, graph = in_capture(capture.events)
+    result = []
+    for number in np.unique(graph):
+        mine = rows[graph == number]
+        result.append(Captured(capture, mine, _launched_names(capture.events, mine)))
+    return result
+
+
+def _launched_names(events: Events, rows: np.ndarray) -> tuple[str, ...]:
+    """Return what each launch says it launches; copies and sets by their kind."""
+    told = events.launched[rows]
+    calls = [events.names[one].lower() for one in events.name[rows].tolist()]
+    copies = ["memcpy" if "memcpy" in call else "memset" if "memset" in call else "" for call in calls]
+    return tuple(events.names[one] if one != NOTHING else copy for one, copy in zip(told.tolist(), copies, strict=True))
+
+
+def explained(events: Events, owners: Owners, captures: Sequence[Capture]) -> tuple[Owners, list[str]]:
+    """Return owners in which replayed kernels have the scopes and operators that captures prove, and a note a graph."""
+    graphs = [graph for capture in captures for graph in captured_graphs(capture)]
+    notes: dict[str, None] = {}
+    for call in np.flatnonzero(is_graph_launch(events)):
+        rows = np.flatnonzero((owners.launch == call) & events.is_kind(*DEVICE))
+        rows = rows[np.argsort(events.start_ns[rows], kind="stable")]
+        if not len(rows):
+            continue
+        matching = [graph for graph in graphs if graph.names == _replayed_names(events, rows)]
+        if matching:
+            owners = _taken_over(owners, rows, matching[0])
+            notes[f"a graph of {len(rows)} kernels: names and order equal those of its capture"] = None
+        else:
+            sizes = sorted({len(graph.rows) for graph in graphs if all(graph.names)})
+            known = (
+                f"those with names have {', '.join(map(str, sizes))} launches" if sizes else "none names its launches"
+            )
+            notes[f"a graph of {len(rows)} kernels: not split, no capture proves it ({len(graphs)} seen; {known})"] = (
+                None
+            )
+    return owners, list(notes)
+
+
+def _replayed_names(events: Events, rows: np.ndarray) -> tuple[str, ...]:
+    kinds = {int(Kind.MEMCPY): "memcpy", int(Kind.MEMSET): "memset"}
+    pairs = zip(events.name[rows].tolist(), events.kind[rows].tolist(), strict=True)
+    return tuple(kinds.get(kind, events.names[name]) for name, kind in pairs)
+
+
+def _taken_over(owners: Owners, rows: np.ndarray, graph: Captured) -> Owners:
+    """Return owners in which the kernels in `rows` have the scope and operator of the launches in `graph`."""
+    capture, then = graph.capture, graph.capture.owners
+    base = len(owners.scopes.paths)
+    used, which = np.unique(then.scope[graph.rows], return_inverse=True)
+    paths = [then.scopes.paths[one] if one >= 0 else "" for one in used.tolist()]
+    levels = np.append(then.scopes.levels, NOTHING)[used]
+    scope, why = owners.scope.copy(), owners.why.copy()
+    told = used[which] >= 0
+    scope[rows[told]] = base + which[told]
+    why[rows[told]] = Why.CAPTURED
+    position = np.full(len(capture.events), NOTHING)
+    position[capture.forest.rows] = np.arange(len(capture.forest))
+    nearest = capture.forest.nearest(capture.events.kind[capture.forest.rows] == Kind.OPERATOR)[position[graph.rows]]
+    has_operator = nearest >= 0
+    names = capture.events.name[capture.forest.rows[nearest[has_operator]]].tolist()
+    return replace(
+        owners,
+        scopes=replace(
+            owners.scopes,
+            paths=[*owners.scopes.paths, *paths],
+            levels=np.append(owners.scopes.levels, levels).astype(np.int64),
+        ),
+        scope=scope,
+        why=why,
+        replayed=np.append(owners.replayed, rows[has_operator]),
+        operators=[*owners.operators, *(capture.events.names[one] for one in names)],
+    )

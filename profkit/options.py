@@ -1,0 +1,46 @@
+"""The command line's words for parts, steps and places, parsed."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from profkit.errors import InputError
+
+MOST_STEPS = 1_000_000
+
+
+def parse_parts(parts: Sequence[str]) -> dict[str, list[str]]:
+    """Return role → paths from words such as projector=model.merger. Raises InputError for others."""
+    named: dict[str, list[str]] = {}
+    for word in parts:
+        role, equals, path = word.partition("=")
+        if not (role and equals and path):
+            raise InputError(f"--part {word!r} is not role=path, such as projector=model.multi_modal_projector.")
+        named.setdefault(role, []).append(path)
+    return named
+
+
+def parse_steps(steps: str) -> frozenset[int]:
+    """Return the step numbers in a list such as "0-4,10". Raises InputError if it is not one."""
+    chosen: set[int] = set()
+    for part in steps.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            raise InputError(f"--profile-steps {steps!r} is not a list of steps such as 0-4,10.")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last > MOST_STEPS:
+            raise InputError(f"--profile-steps {steps!r} reaches beyond step {MOST_STEPS}.")
+        chosen.update(range(first, last + 1))
+    return frozenset(chosen)
+
+
+def new_directory(model: str) -> Path:
+    """Return traces/<model>-<time>, with a number behind it if that is taken."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2]).strip("-.") or "model"
+    base = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    candidates = (Path("traces") / (f"{base}-{number}" if number > 1 else base) for number in itertools.count(1))
+    return next(path for path in candidates if not path.exists())
