@@ -258,4 +258,7 @@ class _Columns:
 def _ns(microseconds: Iterable[Any], size: int, exact: bool) -> np.ndarray:
     if exact:
         return np.fromiter((int(value * 1000) for value in microseconds), np.int64, size)
-    return np.rint(np.fromiter(microseconds, np.float64, size) * 1000.0).astype(np.int64)
+    value = np.fromiter(microseconds, np.float64, size)
+    # Whole µs since 1970 are exact; a thousand times that is not.
+    whole = np.floor(value)
+    return whole.astype(np.int64) * 1000 + np.rint((value - whole) * 1000.0).astype(np.int64)
