@@ -184,7 +184,10 @@ class _Columns:
 
     names: defaultdict[Any, int] = field(default_factory=_ids)
     categories: defaultdict[Any, int] = field(default_factory=_ids)
+    phases: defaultdict[Any, int] = field(default_factory=_ids)
+    other_categories: defaultdict[Any, int] = field(default_factory=_ids)
     devices: defaultdict[Any, int] = field(default_factory=_ids)
+    device_numbers: defaultdict[Any, int] = field(default_factory=_ids)
     processes: defaultdict[Any, int] = field(default_factory=_ids)
     threads: defaultdict[Any, int] = field(default_factory=_ids)
     chunks: list[list[np.ndarray]] = field(default_factory=list)
@@ -194,8 +197,9 @@ class _Columns:
 
     def extend(self, decoded: list[Event]) -> None:
         """Add decoded events."""
-        complete = np.fromiter(map("X".__eq__, map(attrgetter("ph"), decoded)), bool, len(decoded))
-        self.others.update(map(attrgetter("ph", "cat"), compress(decoded, (~complete).tolist())))
+        phase = self._ids(self.phases, map(attrgetter("ph"), decoded), len(decoded))
+        complete = phase == self.phases["X"]
+        self._count(list(compress(decoded, (~complete).tolist())), phase[~complete])
         found = list(compress(decoded, complete.tolist()))
         if not found:
             return
@@ -212,17 +216,25 @@ class _Columns:
                 _ns(map(attrgetter("dur"), found), size, exact),
                 self._ids(self.processes, map(attrgetter("pid"), found), size),
                 self._ids(self.threads, map(attrgetter("tid"), found), size),
-                *self._links(found, kind),
+                *self._links(found, category, kind),
             ]
         )
         mine = compress(found, (kind == Kind.PROFKIT).tolist())
         self.own += [msgspec.to_builtins(event.args) if event.args else {} for event in mine]
 
+    def _count(self, found: list[Event], phase: np.ndarray) -> None:
+        """Count what is no complete event, by phase and category."""
+        category = self._ids(self.other_categories, map(attrgetter("cat"), found), len(found))
+        phases, categories = list(self.phases), list(self.other_categories)
+        times = np.bincount(phase * len(categories) + category)
+        for pair in np.flatnonzero(times).tolist():
+            self.others[phases[pair // len(categories)], categories[pair % len(categories)]] += int(times[pair])
+
     @staticmethod
     def _ids(ids: defaultdict[Any, int], values: Iterable[Any], size: int) -> np.ndarray:
         return np.fromiter(map(ids.__getitem__, values), np.int32, size)
 
-    def _links(self, found: list[Event], kind: np.ndarray) -> list[np.ndarray]:
+    def _links(self, found: list[Event], category: np.ndarray, kind: np.ndarray) -> list[np.ndarray]:
         """Return the columns of the events that are launches or run on a device; NOTHING elsewhere."""
         links = [np.full(len(found), NOTHING, dtype=dtype) for dtype in (np.int64, np.int32, np.int32, np.int32)]
         correlation, device, stream, launched = links
@@ -241,8 +253,11 @@ class _Columns:
         running = list(compress(found, on_device.tolist()))
         args = list(compress(args, on_device[linked].tolist()))
         numbers = map(_first, map(attrgetter("device"), args), map(attrgetter("pid"), running))
-        named = map(device_name, map(attrgetter("cat"), running), numbers)
-        device[on_device] = self._ids(self.devices, named, len(running))
+        number = self._ids(self.device_numbers, numbers, len(running))
+        categories, known = list(self.categories), list(self.device_numbers)
+        pairs, which = np.unique(category[on_device] * len(known) + number, return_inverse=True)
+        named = (device_name(categories[pair // len(known)], known[pair % len(known)]) for pair in pairs.tolist())
+        device[on_device] = np.array([self.devices[one] for one in named], dtype=np.int32)[which]
         streams = map(_first, map(attrgetter("stream"), args), map(attrgetter("tid"), running))
         stream[on_device] = self._ids(self.threads, streams, len(running))
         return links

@@ -46,9 +46,13 @@ def of_pass(spans: Spans, events: Events) -> tuple[pd.DataFrame, pd.DataFrame, p
 
 def _steps_by_stage(owners: Owners, counted: np.ndarray) -> dict[str, int]:
     """Return for each stage in how many recorded steps something of it happened, at least one."""
-    pairs = np.unique(np.stack([owners.stage, owners.step])[:, counted & (owners.stage >= 0)], axis=1)
+    steps = len(owners.scopes.step_labels) + 1
+    rows = counted & (owners.stage >= 0)
+    happened = np.zeros((len(owners.scopes.stages), steps), dtype=bool)
+    happened[owners.stage[rows], owners.step[rows]] = True  # the last column is that of no step
+    number = happened[:, :-1].sum(axis=1)
     return {
-        owners.scopes.stages[one]: max(int((pairs[1, pairs[0] == one] >= 0).sum()), 1) for one in np.unique(pairs[0])
+        owners.scopes.stages[one]: max(int(number[one]), 1) for one in np.flatnonzero(happened.any(axis=1)).tolist()
     }
 
 
@@ -254,8 +258,9 @@ def host_table(events: Events, owners: Owners, forest: Forest) -> pd.DataFrame:
     operators = events.kind[forest.rows] == Kind.OPERATOR
     host_ns = _sum_by(stage, forest.self_ns(), len(names))
     calls = np.bincount(stage[operators], minlength=len(names))
-    table = pd.DataFrame({"stage": names, "operators": calls, "host_ms": host_ns / MS})
-    return table[(calls > 0) | (host_ns > 0)].reset_index(drop=True)
+    shown = np.flatnonzero((calls > 0) | (host_ns > 0))
+    stages = [names[one] for one in shown.tolist()]
+    return pd.DataFrame({"stage": stages, "operators": calls[shown], "host_ms": host_ns[shown] / MS})
 
 
 def coverage(events: Events, owners: Owners) -> pd.DataFrame:

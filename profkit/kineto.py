@@ -38,7 +38,7 @@ class Session:
         self._activities = [ProfilerActivity.CPU]
         if device.type != "cpu":
             self._activities.append(_activity_of(device))
-        self._profile = profile(activities=self._activities, acc_events=True)
+        self._profile = profile(activities=self._activities)
         self._collecting = True
         self._open: list[tuple[int, Any]] = []
 

@@ -24,6 +24,7 @@ BATCH = re.compile(r"execute_(?:\d+_)?context_(\d+)\b.*_generation_(\d+)\b")
 GENERATE_FRAME = re.compile(r"generation/utils\.py\(\d+\): generate$")
 SELECTIONS = ("aten::argmax", "aten::multinomial")
 EMBEDDING = "aten::embedding"
+TRAINING = ("autograd::engine", "Optimizer.")
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,13 @@ def _by_generate_frame(events: Events, forest: Forest) -> Phases | None:
 
 
 def _by_selection(events: Events, forest: Forest) -> Phases | None:
-    """Steps end where a token is selected, if what lies between two selections is the same again and again."""
+    """Steps end where a token is selected, if what lies between two selections is the same again and again.
+
+    Only what begins unlike the rest is called a prefill, and only behind one a decode step: where every iteration is
+    the same, it may as well be an evaluation. What is trained is no generation.
+    """
+    if any(name.startswith(TRAINING) for name in events.names):
+        return None
     top = np.flatnonzero((events.kind[forest.rows] == Kind.OPERATOR) & ~_inside_operators(events, forest))
     lane, name = forest.lane[top], events.name[forest.rows[top]]
     selects = np.isin(name, [i for i, one in enumerate(events.names) if one in SELECTIONS])
@@ -115,10 +122,10 @@ def _by_selection(events: Events, forest: Forest) -> Phases | None:
     before = name[: at[0] + 1].tobytes()
     whole = not usual.endswith(before) and bool(np.isin(name[: at[0] + 1], embedding).any())
     phase = np.where([one == usual for one in between], DECODE, NOTHING)
-    phase = np.append(PREFILL if whole else NOTHING, phase)
+    phase = np.append(PREFILL, phase) if whole else np.full(len(end), NOTHING)
     start = np.append(forest.start_ns[top[0]], end[:-1])
     said = f"steps: from one selection of a token to the next; the same operators {times} times of {len(between)}"
-    return _phases(phase, start, end, said)
+    return _phases(phase, start, end, said if whole else f"{said}; no prefill was seen, so what they do is open")
 
 
 def _by_profiler_step(events: Events, forest: Forest) -> Phases | None:

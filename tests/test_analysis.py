@@ -1,0 +1,246 @@
+"""Analysing files and directories: tables, graphs, ranks, and the command."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from handmade import HandMade
+
+from profkit import analysis, cli
+from profkit.errors import InputError
+
+
+def decode_step(made: HandMade, begin: int, kernels: int = 3) -> None:
+    made.host("decode", begin, 90, "user_annotation")
+    made.host("nn.Module: Model_0", begin + 1, 80, "python_function")
+    for number in range(kernels):
+        made.host("aten::mm", begin + 2 + 20 * number, 8)
+        made.kernel(made.launch(begin + 4 + 20 * number), begin + 10 + 20 * number, 4)
+
+
+def two_steps() -> HandMade:
+    made = HandMade()
+    for begin in (0, 100):
+        decode_step(made, begin)
+    return made
+
+
+def test_tables_of_a_small_trace(tmp_path):
+    found = analysis.analyze(two_steps().write(tmp_path / "trace.json"))
+    tables = found.tables
+    assert tables["kernels"][["name", "stage", "path", "operator", "count"]].to_numpy().tolist() == [
+        ["gemm", "decode", "decode/Model_0", "aten::mm", 6]
+    ]
+    assert tables["kernels"]["mean_us"].tolist() == [4.0]
+    assert (
+        tables["steps"][["label", "phase", "kernels", "launches", "busy_ms"]].to_numpy().tolist()
+        == [["decode", "decode", 3, 3, 0.012]] * 2
+    )
+    coverage = tables["coverage"]["share"].to_dict()
+    assert coverage == {"module": 1.0, "range": 0.0, "operator": 0.0, "nothing": 0.0}
+    operators = tables["operators"].set_index("name")
+    assert operators.loc["aten::mm", ["calls", "kernels"]].tolist() == [6, 6]
+    assert operators.loc["aten::mm", "device_ms"] == pytest.approx(0.024)
+    assert operators.loc["aten::mm", "self_ms"] == pytest.approx(6 * (8 - 2) / 1e3)
+    assert tables["host"]["stage"].tolist() == ["decode"]
+    assert tables["reasons"].to_numpy().tolist() == [["inside", 6, 1.0]]
+    assert all(one.ok is not False for one in found.checks if one.name != "flows")
+
+
+def graph_of(names: list[str], begin: int = 0) -> HandMade:
+    """A capture: launches that say what they launch, inside modules and operators, and no kernels."""
+    made = HandMade()
+    made.host("cudaStreamBeginCapture", begin, 1, "cuda_runtime", correlation=90_001)
+    for number, name in enumerate(names):
+        at = begin + 10 + 20 * number
+        made.host(f"nn.Module: Layer_{number}", at, 18, "python_function")
+        made.host("aten::mm", at + 1, 15)
+        told = {} if name.startswith("mem") else {"kernel": name}
+        made.launch(at + 3, name="cudaMemsetAsync" if name == "memset" else "hipLaunchKernel", **told)
+    made.host("cudaStreamEndCapture", begin + 10 + 20 * len(names), 1, "cuda_runtime", correlation=90_002)
+    return made
+
+
+def replay(names: list[str], times: int = 1) -> HandMade:
+    made = HandMade()
+    for turn in range(times):
+        number = made.launch(turn * 1000, name="cudaGraphLaunch")
+        for position, name in enumerate(names):
+            category = "gpu_memset" if name == "memset" else "kernel"
+            made.kernel(number, turn * 1000 + 20 + position * 10, 5, name, category=category)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("captured", "replayed", "proven"),
+    [
+        (["a", "memset", "b"], ["a", "memset", "b"], True),
+        (["a", "b", "c"], ["a", "c", "b"], False),  # another order
+        (["a", "b"], ["a", "b", "c"], False),
+        (["a", "b"], ["a", "x"], False),
+        (["a", ""], ["a", "b"], False),  # the capture does not tell one name
+    ],
+)
+def test_only_names_in_order_prove_what_a_replayed_kernel_belongs_to(tmp_path, captured, replayed, proven):
+    capture = analysis.attributed(graph_of(captured).write(tmp_path / "capture.json"))
+    found = analysis.analyze(replay(replayed, times=2).write(tmp_path / "replay.json"), [capture])
+    kernels = found.tables["kernels"]
+    if proven:
+        assert kernels.groupby("path")["count"].sum().to_dict() == {"Layer_0": 2, "Layer_1": 2, "Layer_2": 2}
+        assert set(kernels["operator"]) == {"aten::mm"}
+        assert found.graphs == ["a graph of 3 kernels: names and order equal those of its capture"]
+    else:
+        assert set(kernels["path"]) == {""}
+        assert "not split" in found.graphs[0]
+    assert kernels["count"].sum() == 2 * len(replayed)
+
+
+def test_of_several_captures_the_right_one_is_taken(tmp_path):
+    """As servers do: one capture for each batch size, in one trace."""
+    captures = graph_of(["a", "b"])
+    more = graph_of(["a", "b", "c"], begin=1000)
+    for one in more.events:
+        one["args"]["correlation"] = one["args"].get("correlation", 0) + 500
+    captures.events += more.events
+    capture = analysis.attributed(captures.write(tmp_path / "capture.json"))
+    found = analysis.analyze(replay(["a", "b", "c"]).write(tmp_path / "replay.json"), [capture])
+    assert found.tables["kernels"]["path"].tolist() == ["Layer_0", "Layer_1", "Layer_2"]
+
+
+def test_captured_launches_are_not_missing_kernels(tmp_path):
+    found = analysis.analyze(graph_of(["a", "b"]).write(tmp_path / "capture.json"))
+    assert "kernels of launches" not in [one.name for one in found.checks if one.ok is False]
+
+
+# -- ranks and directories ---------------------------------------------------------------------------
+
+
+def rank(folder: Path, number: int, name: str | None = None, kernels: int = 3) -> Path:
+    made = HandMade()
+    decode_step(made, 0, kernels)
+    return made.write(folder / (name or f"rank{number}.json"), distributedInfo={"rank": number, "world_size": 2})
+
+
+def test_ranks_have_rows_and_a_spread(tmp_path):
+    found = [analysis.analyze(rank(tmp_path, number, kernels=2 + number)) for number in (1, 0)]
+    table = analysis.rank_table(found)
+    assert table["rank"].tolist() == ["0", "1", "spread"]
+    assert table["kernels"].tolist() == [2, 3, pytest.approx(1 / 2.5)]
+    assert table["busy_ms"].tolist()[:2] == pytest.approx([0.008, 0.012])
+    assert len(analysis.rank_table(found[:1])) == 0
+
+
+def test_what_a_directory_stands_for(tmp_path):
+    board = tmp_path / "board"
+    board.mkdir()
+    made = two_steps()
+    for name in ("worker0.1.pt.trace.json", "worker1.2.pt.trace.json", "notes.json"):
+        made.write(board / name)
+    (board / "other.json").write_text('{"a": 1}')
+    assert [one.name for one in analysis.trace_files(board)] == ["worker0.1.pt.trace.json", "worker1.2.pt.trace.json"]
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    made.write(plain / "a.json")
+    (plain / "b.json.gz").write_bytes(gzip.compress(made.text()))
+    (plain / "c.json").write_text('{"a": 1}')
+    assert [one.name for one in analysis.trace_files(plain)] == ["a.json", "b.json.gz"]
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    (run / "trace.json.gz").write_bytes(gzip.compress(made.text()))
+    assert analysis.trace_files(run) == [run / "trace.json.gz"]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="holds no traces"):
+        analysis.trace_files(tmp_path / "none")
+
+
+# -- the command -------------------------------------------------------------------------------------
+
+
+def analyze(*arguments: str | Path):
+    return CliRunner().invoke(cli.cli, ["analyze", *map(str, arguments)], env={"COLUMNS": "160"})
+
+
+def test_the_command_prints_tables_and_doubts(tmp_path):
+    result = analyze(two_steps().write(tmp_path / "trace.json"), "--no-validate")
+    assert result.exit_code == 0, result.output
+    for words in ("host-bound", "device time attributed: 100.0% to a module", "gemm", "aten::mm", "doubt: flows"):
+        assert words in result.output
+
+
+def test_json_holds_every_table(tmp_path):
+    result = analyze(two_steps().write(tmp_path / "trace.json"), "--json")
+    found = json.loads(result.stdout)
+    trace = found["traces"][0]
+    assert {"devices", "stages", "steps", "kernels", "operators", "coverage", "checks", "host", "reasons"} <= set(trace)
+    assert trace["stages"][0]["verdict"] == "host-bound"
+    assert trace["torch_validator"] == "passed"
+    assert (found["ranks"], found["errors"]) == ([], {})
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_tables_are_written_for_all_files_together(tmp_path, suffix):
+    files = [rank(tmp_path, number) for number in (0, 1)]
+    target = tmp_path / "tables"
+    result = analyze(*files, f"--{suffix}", target, "--no-validate")
+    assert result.exit_code == 0, result.output
+    read = pd.read_csv if suffix == "csv" else pd.read_parquet
+    kernels = read(target / f"kernels.{suffix}")
+    assert kernels["rank"].tolist() == [0, 1]
+    assert kernels["count"].tolist() == [3, 3]
+    assert (target / f"ranks.{suffix}").exists()
+    assert "spread" in result.output
+    again = analyze(*files, f"--{suffix}", target)
+    assert again.exit_code == 2 and "already exists" in again.stderr
+
+
+def test_bad_files_are_named_and_the_next_one_goes_on(tmp_path):
+    good = two_steps().write(tmp_path / "good.json")
+    bad = {"empty.json": b"", "text.json": b"hello", "model.json": b'{"a": 1}'}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    result = analyze(*(tmp_path / name for name in bad), tmp_path / "folder", tmp_path / "none.json", good)
+    assert result.exit_code == 2
+    assert "gemm" in result.stdout
+    sentences = [line for line in result.stderr.splitlines() if line.startswith("Error:")]
+    assert len(sentences) == 5
+    for words in ("is empty", "is not JSON", "no Chrome trace", "holds no traces", "No such file"):
+        assert sum(words in sentence for sentence in sentences) == 1, words
+
+
+def test_two_files_of_one_rank(tmp_path):
+    first, second, other = rank(tmp_path, 0, "a.json"), rank(tmp_path, 0, "b.json"), rank(tmp_path, 1, "c.json")
+    result = analyze(first, second, other, "--no-validate")
+    assert result.exit_code == 2
+    assert f"{second} is of rank 0, and so is {first}" in result.stderr
+    assert "spread" in result.stdout
+
+
+def test_traces_of_different_times_need_no_different_ranks(tmp_path):
+    made = HandMade()
+    decode_step(made, 10_000)
+    later = made.write(tmp_path / "later.json", distributedInfo={"rank": 0})
+    assert analyze(rank(tmp_path, 0), later, "--no-validate").exit_code == 0
+
+
+def test_a_cut_file_is_analysed_and_says_so(tmp_path):
+    path = tmp_path / "cut.json"
+    path.write_bytes(two_steps().text()[:-200])
+    result = analyze(path, "--no-validate")
+    assert result.exit_code == 0
+    assert "the file ends before its list of events does" in result.output
+
+
+def test_brackets_in_names_are_not_taken_for_markup(tmp_path):
+    made = HandMade()
+    made.host("[/bold]decode[red]", 0, 50, "user_annotation")
+    made.kernel(made.launch(2), 5, 4, name="kernel<[bold]>")
+    result = analyze(made.write(tmp_path / "[x].json"), "--no-validate")
+    assert result.exit_code == 0, result.output
+    assert "kernel<[bold]>" in result.output
