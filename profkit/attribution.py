@@ -153,6 +153,25 @@ def is_range(events: Events) -> np.ndarray:
     return events.named([name.startswith(RANGE_PREFIX) for name in events.names])
 
 
+def _entry_marks(events: Events) -> np.ndarray:
+    """Return for each event the mark that its range belongs to, NOTHING if it is no range of profkit's."""
+    number = [int(name[len(RANGE_PREFIX) :]) if name.startswith(RANGE_PREFIX) else NOTHING for name in events.names]
+    return np.array(number, dtype=np.int64)[events.name]
+
+
+def missing_ranges(spans: Spans, events: Events, within: np.ndarray) -> tuple[int, int]:
+    """Return how many spans inside the recorded segments have no range in the profile, and how many there are.
+
+    `within` is a mask over segments; spans that cross an edge of what was recorded are not asked.
+    """
+    inside = np.append(within, False)
+    first, _ = _main_thread(spans)
+    asked = inside[spans.begin] & inside[spans.end - 1] & inside[np.maximum(spans.begin - 1, first)]
+    asked &= spans.marks.thread[spans.begin] == spans.marks.thread[first] if len(spans) else False
+    marks = spans.begin[asked]
+    return int((~np.isin(marks, _entry_marks(events))).sum()), len(marks)
+
+
 def aligned(spans: Spans, events: Events) -> Spans:
     """Return the spans on the profiler's clock.
 
@@ -162,8 +181,7 @@ def aligned(spans: Spans, events: Events) -> Spans:
     ranges = events.select(is_range(events))
     if not len(ranges):
         raise MeasurementError("The profile holds none of profkit's ranges; its events cannot be attributed.")
-    number = [int(name[len(RANGE_PREFIX) :]) if name.startswith(RANGE_PREFIX) else NOTHING for name in events.names]
-    entry = np.array(number, dtype=np.int64)[ranges.name]
+    entry = _entry_marks(ranges)
     row = np.searchsorted(spans.begin, entry)
     found = (row < len(spans)) & (spans.begin[np.minimum(row, len(spans) - 1)] == entry)
     row, ranges = row[found], ranges.select(found)

@@ -10,19 +10,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from profkit import annotate, attribution, device_tables, environment, inspection, kineto, structure, tracks, validation
+from profkit import annotate, attribution, environment, inspection, kineto, structure, tracks, validation
 from profkit import run as runs
 from profkit.anatomy import Anatomy, Calls, PartNames
 from profkit.clock import DeviceClock
 from profkit.environment import device_of, preserved_random_state, random_state, restore_random_state
 from profkit.errors import InputError, MeasurementError, ProfkitError
+from profkit.explanation import explain
 from profkit.ledger import Ledger, Marks, Scope, Scopes
 from profkit.plan import GRANULARITIES, Granularity
 from profkit.probes import Call, Instrument, sequences
@@ -279,13 +280,16 @@ class _Tracing:
         result.passes.append(Pass("profiled", elapsed, spans, known))
         events = session.events()
         profile_clock = attribution.aligned(spans, events)
-        kernels, result.operators, device = device_tables.of_pass(profile_clock, events)
-        if len(kernels):
-            result.kernels, result.device = kernels, device
-        shown = tracks.of(profile_clock, runs.recorded(spans, known))
+        within = runs.recorded(spans, known)
+        found = explain(profile_clock, events, within)
+        result.operators, result.kernels, result.device = found.operators, found.kernels, found.device
+        shown = tracks.of(profile_clock, within)
         about = {"model": self.anatomy.model_class, "steps": known}
         result.trace_json = annotate.annotated(session.export(), attribution.RANGE_PREFIX, shown, about)
-        result.manifest["checks"] = {"trace": validation.validate_text(result.trace_json)}
+        result.manifest["checks"] = {
+            "trace": validation.validate_text(result.trace_json),
+            "profile": [asdict(one) for one in found.checks],
+        }
 
     def _instrumented(self, ledger: Ledger, instrument: Instrument, kind: str) -> int:
         self._reset_random_state()

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from profkit.attribution import Level, Owners, is_launch, is_range, owners_in
+from profkit.attribution import Level, Owners, is_launch
 from profkit.events import DEVICE, NOTHING, Events, Kind
 from profkit.nesting import Forest, nest
-from profkit.occupancy import Occupancy, busy_ns, occupancy
-from profkit.spans import Spans
+from profkit.occupancy import Occupancy, busy_ns
 from profkit.stats import percentile
 
 MS, US = 1e6, 1e3
@@ -24,36 +23,6 @@ WAITING = 0.5
 HOST_BOUND_IDLE, HOST_BOUND_STARVED = 0.1, 0.5
 """Else it is host-bound if its device waited for the host for more than the first share of its time, and more than the
 second share of launches found it without work; device-bound with less waiting; mixed between the two."""
-
-
-def of_pass(spans: Spans, events: Events) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Return the kernel, operator and stage tables of a profiled pass, its spans being on the profiler's clock.
-
-    Ranges that profkit opened are no operators. Every row tells in `steps` how many recorded steps its stage occurs
-    in: the profile holds windows of a generation, so its sums are per window, never of the whole.
-    """
-    owners = owners_in(spans, events)
-    counted = ~is_range(events)
-    forest = nest(events, events.is_kind(*OPERATOR_KINDS) & counted)
-    kernels, operators = kernel_table(events, owners, forest), operator_table(events, owners, forest, counted)
-    recorded = _steps_by_stage(owners, counted)
-    for table in (kernels, operators):
-        table["steps"] = table["stage"].map(recorded).fillna(1).astype(int)
-    device = stage_table(events, owners, occupancy(events, owners.launch))
-    device["steps"] = device["stage"].map(recorded).fillna(device["steps"]).clip(lower=1).astype(int)
-    return kernels, operators, device
-
-
-def _steps_by_stage(owners: Owners, counted: np.ndarray) -> dict[str, int]:
-    """Return for each stage in how many recorded steps something of it happened, at least one."""
-    steps = len(owners.scopes.step_labels) + 1
-    rows = counted & (owners.stage >= 0)
-    happened = np.zeros((len(owners.scopes.stages), steps), dtype=bool)
-    happened[owners.stage[rows], owners.step[rows]] = True  # the last column is that of no step
-    number = happened[:, :-1].sum(axis=1)
-    return {
-        owners.scopes.stages[one]: max(int(number[one]), 1) for one in np.flatnonzero(happened.any(axis=1)).tolist()
-    }
 
 
 def kernel_table(events: Events, owners: Owners, forest: Forest) -> pd.DataFrame:

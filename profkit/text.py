@@ -23,6 +23,7 @@ def report(run: Run) -> Iterator[Table | str]:
     yield breakdown_table(run)
     yield repeats_line(run)
     yield latency_line(run)
+    yield from pace_lines(run)
     yield from cost_lines(run)
     yield from check_lines(run)
 
@@ -92,32 +93,35 @@ def headline(run: Run) -> str:
 
 
 def breakdown_table(run: Run) -> Table:
-    """Return stages 1 to 4 with their sub-stages."""
+    """Return stages 1 to 4 with their sub-stages; times of a device where there are any."""
     breakdown, spread = run.breakdown(), run.spread()
-    has_device = bool(breakdown["device_ms"].notna().any())
+    clocks = ["host_ms", *(name for name in ("device_ms", "busy_ms") if breakdown[name].notna().any())]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("stage")
-    for name in ("calls", "ms", *(("device ms",) if has_device else ()), "share", "median", "p10 … p90"):
+    titles = ("ms" if name == "host_ms" else name.replace("_", " ") for name in clocks)
+    for name in ("calls", *titles, "share", "median", "p10 … p90"):
         table.add_column(name, justify="right")
     for group in stages.GROUPS:
         rows = breakdown[breakdown["classic_stage"] == group.number]
         if len(rows):
-            _add_group(table, group, rows, has_device)
+            _add_group(table, group, rows, clocks)
     total = spread.loc["total"]
-    cells = ["", f"{breakdown['host_ms'].sum():.2f}", *([_ms(breakdown["device_ms"].sum())] if has_device else [])]
-    table.add_row("total", *cells, "100.0 %", *_spread_cells(total), style="bold")
+    table.add_row("total", "", *_sums(breakdown, clocks), "100.0 %", *_spread_cells(total), style="bold")
     return table
 
 
-def _add_group(table: Table, group: stages.Group, rows: pd.DataFrame, has_device: bool) -> None:
-    device = [_ms(rows["device_ms"].sum())] if has_device else []
+def _add_group(table: Table, group: stages.Group, rows: pd.DataFrame, clocks: list[str]) -> None:
     share = f"{rows['share'].sum() * 100:.1f} %"
-    table.add_row(f"{group.number} {group.title}", "", _ms(rows["host_ms"].sum()), *device, share, "", "", style="bold")
+    table.add_row(f"{group.number} {group.title}", "", *_sums(rows, clocks), share, "", "", style="bold")
     for name, row in rows.iterrows():
         calls = str(int(row["calls"])) if row["calls"] else ""
-        device = [_ms(row["device_ms"])] if has_device else []
         share = f"{row['share'] * 100:.1f} %"
-        table.add_row(f"    {name}", calls, _ms(row["host_ms"]), *device, share, *_spread_cells(row))
+        table.add_row(f"    {name}", calls, *(_ms(row[clock]) for clock in clocks), share, *_spread_cells(row))
+
+
+def _sums(rows: pd.DataFrame, clocks: list[str]) -> list[str]:
+    """Return each clock's sum over stages; a stage without an event of a clock adds nothing to it."""
+    return [_ms(rows[clock].sum(min_count=1)) for clock in clocks]
 
 
 def _spread_cells(row: pd.Series) -> list[str]:
@@ -141,6 +145,16 @@ def latency_line(run: Run) -> str:
         f"ITL p50 {_ms(found.itl_p50_ms)} p90 {_ms(found.itl_p90_ms)} p99 {_ms(found.itl_p99_ms)} ms · "
         f"{found.tokens_per_s:.1f} tokens/s decode · {found.prefill_tokens_per_s:.0f} tokens/s prefill"
     )
+
+
+def pace_lines(run: Run) -> Iterator[str]:
+    """Yield who sets the pace of each stage, where there is a device."""
+    if run.device is None:
+        return
+    several = run.device["device"].nunique() > 1
+    for row in run.device.to_dict(orient="records"):
+        where = f" on device {row['device']}" if several else ""
+        yield f"{escape(row['stage'] + where)}: [bold]{row['verdict']}[/bold] [dim]({row['evidence']})[/dim]"
 
 
 def cost_lines(run: Run) -> Iterator[str]:
@@ -168,6 +182,10 @@ def check_lines(run: Run) -> Iterator[str]:
         yield f"torch's trace validator: {escape(str(checks['trace']))}"
     if any(checks.get("repaired", {}).values()):
         yield f"[yellow]marks mended: {checks['repaired']}[/yellow]"
+    for one in checks.get("profile", []):
+        if one["ok"] is False:
+            said = f"{one['name']}: {one['count']} of {one['total']}: {one['sentence']}"
+            yield f"[yellow]doubt about the profile: {escape(said)}[/yellow]"
     for note in (*run.anatomy.notes, *run.manifest.get("faults", [])):
         yield f"[yellow]note: {escape(note)}[/yellow]"
 
@@ -193,6 +211,7 @@ def as_dict(run: Run, path: Path | None = None) -> dict[str, Any]:
             "device": run.manifest["device"],
             "dtype": run.manifest["dtype"],
             "stages": run.breakdown().reset_index().to_dict(orient="records"),
+            "device_stages": [] if run.device is None else run.device.to_dict(orient="records"),
             "total_ms": run.stages()["host_ms"].sum(),
             "latency": asdict(run.latency()),
             "overhead": run.overhead(),

@@ -11,7 +11,7 @@ import numpy as np
 
 from profkit.attribution import Owners, is_launch
 from profkit.chrome import Trace
-from profkit.events import DEVICE, NOTHING, Events
+from profkit.events import DEVICE, NOTHING, Events, Kind
 from profkit.graphs import in_capture
 from profkit.nesting import Forest
 from profkit.occupancy import Occupancy, overlapping
@@ -67,6 +67,10 @@ def of_events(events: Events, owners: Owners, occupied: Occupancy, forest: Fores
     yield _check("device clock", early, int(occupied.leads.sum()), "device events begin before their launch was called")
     over = forest.overhanging()
     yield _check("nesting on the host", over, len(forest), "host events end after the event around them")
+    ranges = events.kind == Kind.DEVICE_RANGE
+    opened = np.isin(events.name[ranges], events.name[events.kind == Kind.ANNOTATION])
+    said = "ranges that the device saw have no annotation on the host"
+    yield _check("ranges on the device", int((~opened).sum()), int(ranges.sum()), said)
     negative = int((events.duration_ns < 0).sum())
     yield _check("durations", negative, len(events), "events of negative length")
     empty = int((events.duration_ns[device] == 0).sum())

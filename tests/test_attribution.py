@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from profkit import chrome
 from profkit.analysis import Attributed
 from profkit.attribution import Why, aligned, is_range, launches, owning_segment
-from profkit.device_tables import kernel_table, of_pass
+from profkit.device_tables import kernel_table
 from profkit.errors import MeasurementError
 from profkit.events import DEVICE, HOST, Kind
+from profkit.explanation import explain
 from profkit.foreign import owners_of
 from profkit.nesting import nest
 
@@ -56,7 +57,8 @@ def test_operators_land_in_the_scope_open_when_they_were_called():
         ("aten::rand", shift + 900, 10, 0),  # after generate(): nobody's
     ]
     events = events_of(ranges + operators)
-    _, table, _ = of_pass(aligned(script.spans(), events), events)
+    spans = aligned(script.spans(), events)
+    table = explain(spans, events, np.ones(len(spans.stage), dtype=bool)).operators
     found = {row.name: (row.stage, row.path, round(row.self_ms * 1e6)) for row in table.itertuples(index=False)}
     assert found == {
         "aten::linear": ("prefill", LAYER.path, 20),

@@ -29,7 +29,7 @@ FLOORS = {
     4: {"attribution", "chrome", "phases", "probes", "roles"},
     5: {"foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"},
     6: {"device_tables", "trust", "dummies"},
-    7: {"run", "inspection", "capabilities"},
+    7: {"run", "inspection", "capabilities", "explanation"},
     8: {"analysis", "text", "capture"},
     9: {"trace_text"},
     10: {"cli"},

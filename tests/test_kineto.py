@@ -10,12 +10,14 @@ import pytest
 import torch
 from builders import DECODER, GENERATE, LAYER, Script, tiny_llava
 
-from profkit import capture, chrome, device_tables, inspection, kineto, samples
-from profkit.attribution import Why, aligned, is_range, owners_in
+from profkit import capture, chrome, inspection, kineto, samples
+from profkit.attribution import Why, aligned, is_range, missing_ranges, owners_in
 from profkit.events import HOST, NOTHING, Kind
+from profkit.explanation import Explanation, explain
 from profkit.ledger import Ledger
 from profkit.nesting import nest
 from profkit.probes import Instrument
+from profkit.run import recorded
 from profkit.spans import Spans
 
 OPTIONS = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -36,6 +38,23 @@ def live():
     return aligned(Spans(ledger.marks(), ledger.scopes.list), events), events, session.export()
 
 
+def explained(spans: Spans, events) -> Explanation:
+    return explain(spans, events, np.ones(len(spans.stage), dtype=bool))
+
+
+def test_no_range_is_missing_and_a_lost_one_is_counted(live):
+    spans, events, _ = live
+    within = recorded(spans, range(6))
+    missing, expected = missing_ranges(spans, events, within)
+    assert (missing, expected) == (0, len(spans))
+    ranges = np.flatnonzero(is_range(events))
+    lost = np.ones(len(events), dtype=bool)
+    lost[ranges[5:9]] = False
+    assert missing_ranges(spans, events.select(lost), within) == (4, len(spans))
+    doubts = [one.name for one in explain(spans, events.select(lost), within).checks if one.ok is False]
+    assert doubts == ["ranges"]
+
+
 def test_columns_equal_the_exported_trace(live):
     _, events, text = live
     trace = chrome.parse(text)
@@ -53,7 +72,7 @@ def test_columns_equal_the_exported_trace(live):
 
 def test_nearly_all_operator_time_lands_in_a_stage_other_than_other(live):
     spans, events, _ = live
-    _, operators, _ = device_tables.of_pass(spans, events)
+    operators = explained(spans, events).operators
     of_operators = operators[operators["kind"] == "operator"]
     by_stage = of_operators.groupby("stage")["self_ms"].sum()
     outside = by_stage.get("other", 0.0) + by_stage.get("outside", 0.0)
@@ -170,7 +189,8 @@ def test_a_kernel_belongs_where_it_was_launched_not_where_it_ran(fake):
     spans, events = fake
     assert events.devices == ["0", "1"]
     assert (events.correlation[events.kind == Kind.OPERATOR] == NOTHING).all()
-    kernels, operators, device = device_tables.of_pass(spans, events)
+    explanation = explained(spans, events)
+    kernels, operators, device = explanation.kernels, explanation.operators, explanation.device
     found = {(row.name, row.path, row.operator, row.count) for row in kernels.itertuples(index=False)}
     assert found == {
         ("gemm", LAYER.path, "aten::mm", 1),
@@ -193,9 +213,10 @@ def test_busy_time_of_the_clean_run_is_that_of_a_step_times_its_steps(fake):
     from profkit.run import Pass, Run
 
     spans, events = fake
-    kernels, operators, device = device_tables.of_pass(spans, events)
+    explanation = explained(spans, events)
+    device = explanation.device
     device.loc[device["stage"] == "prefill", "steps"] = 2  # as if two steps had been recorded
-    run = Run({}, None, spans.scopes, [Pass("clean", 1, spans)], operators, kernels, device)
+    run = Run({}, None, spans.scopes, [Pass("clean", 1, spans)], explanation.operators, explanation.kernels, device)
     # One step in the clean pass; recorded: 70 on device 0 and 20 on device 1, in two steps.
     assert run.stages().loc["prefill", "busy_ms"] == pytest.approx((70 + 20) / 2 / 1e6)
     assert run.stages()["busy_ms"].drop("prefill").isna().all()
@@ -205,13 +226,12 @@ def test_a_written_trace_analysed_again_gives_the_same_owners(live, tmp_path):
     """Round trip: spans and events → trace file → columns → owners."""
     from profkit import analysis, annotate, tracks
     from profkit.attribution import RANGE_PREFIX
-    from profkit.run import recorded
 
     spans, events, text = live
     shown = tracks.of(spans, recorded(spans, range(6)))
     path = tmp_path / "trace.json.gz"
     annotate.write(path, annotate.annotated(text, RANGE_PREFIX, shown, {}))
-    _, direct, _ = device_tables.of_pass(spans, events)
+    direct = explained(spans, events).operators
     again = analysis.analyze(path)
     assert again.evidence == "steps: profkit's own tracks"
     assert again.tables["steps"]["phase"].tolist() == ["prefill"] + ["decode"] * 5

@@ -66,9 +66,11 @@ def _status(name: str) -> float:
 def live(events: int) -> dict[str, Any]:
     """Profile a generation of about so many events and return what each way to tables takes."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    import numpy as np
     import torch
 
-    from profkit import attribution, device_tables, kineto, structure
+    from profkit import attribution, kineto, structure
+    from profkit.explanation import explain
     from profkit.ledger import Ledger
     from profkit.probes import Instrument
     from profkit.spans import Spans
@@ -90,7 +92,7 @@ def live(events: int) -> dict[str, Any]:
 
     def tables() -> Any:
         found = session.events()
-        return device_tables.of_pass(attribution.aligned(spans, found), found)
+        return explain(attribution.aligned(spans, found), found, np.ones(len(spans.stage), dtype=bool))
 
     recorded = len(results.events())
     ways: dict[str, Callable[[], Any]] = {
