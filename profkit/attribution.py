@@ -162,12 +162,14 @@ def _entry_marks(events: Events) -> np.ndarray:
 def missing_ranges(spans: Spans, events: Events, within: np.ndarray) -> tuple[int, int]:
     """Return how many spans inside the recorded segments have no range in the profile, and how many there are.
 
-    `within` is a mask over segments; spans that cross an edge of what was recorded are not asked.
+    `within` is a mask over segments; spans that cross an edge of what was recorded are not asked, nor are those of
+    inputs, which have no ranges.
     """
     inside = np.append(within, False)
     first, _ = _main_thread(spans)
     asked = inside[spans.begin] & inside[spans.end - 1] & inside[np.maximum(spans.begin - 1, first)]
     asked &= spans.marks.thread[spans.begin] == spans.marks.thread[first] if len(spans) else False
+    asked &= ~(spans.is_kind("sample") | spans.is_kind("input"))
     marks = spans.begin[asked]
     return int((~np.isin(marks, _entry_marks(events))).sum()), len(marks)
 

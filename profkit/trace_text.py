@@ -19,7 +19,8 @@ MOST_STEPS = 12
 def report(found: Analysis, top: int) -> Iterator[Table | str]:
     """Yield the parts of the report on one trace; tables of names show the `top` rows."""
     yield headline(found)
-    if len(found.tables["devices"]):
+    on_device = len(found.tables["devices"]) > 0
+    if on_device:
         yield _devices(found.tables["devices"])
         yield _stages(found.tables["stages"])
         yield from _verdicts(found.tables["stages"])
@@ -27,14 +28,14 @@ def report(found: Analysis, top: int) -> Iterator[Table | str]:
     elif len(found.tables["host"]):
         yield _host(found.tables["host"])
     if len(found.tables["steps"]):
-        yield _steps(found.tables["steps"], MOST_STEPS, on_device=len(found.tables["devices"]) > 0)
+        yield _steps(found.tables["steps"], MOST_STEPS, on_device)
     yield f"[dim]{escape(found.evidence)}; scopes: {escape(found.scopes)}[/dim]"
     for note in found.graphs:
         yield f"[dim]{escape(note)}[/dim]"
     if len(found.tables["kernels"]):
         yield _kernels(found.tables["kernels"], top)
     if len(found.tables["operators"]):
-        yield _operators(found.tables["operators"], top)
+        yield _operators(found.tables["operators"], top, on_device)
     yield from _checks(found)
 
 
@@ -140,18 +141,12 @@ def _kernels(kernels: pd.DataFrame, top: int) -> Table:
     return _with_rest(table, len(by_name), top, "kernels")
 
 
-def _operators(operators: pd.DataFrame, top: int) -> Table:
-    columns = ["calls", "total_ms", "self_ms", "kernels", "device_ms"]
+def _operators(operators: pd.DataFrame, top: int, on_device: bool) -> Table:
+    columns = ["calls", "total_ms", "self_ms", *(["kernels", "device_ms"] if on_device else [])]
     by_name = operators.groupby(["name", "kind"], sort=False)[columns].sum()
-    table = _table("operator", "kind", "calls", "total ms", "self ms", "kernels", "device ms", left=2)
+    table = _table("operator", "kind", *(name.replace("_", " ") for name in columns), left=2)
     for (name, kind), row in by_name.sort_values("self_ms", ascending=False, kind="stable").head(top).iterrows():
-        cells = (
-            str(int(row["calls"])),
-            _ms(row["total_ms"]),
-            _ms(row["self_ms"]),
-            str(int(row["kernels"])),
-            _ms(row["device_ms"]),
-        )
+        cells = (_ms(row[one]) if one.endswith("_ms") else str(int(row[one])) for one in columns)
         table.add_row(escape(_shortened(str(name), 64)), str(kind), *cells)
     return _with_rest(table, len(by_name), top, "operators")
 

@@ -17,7 +17,7 @@ from profkit import cli, text
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RUN = ROOT / "traces" / "tiny-llava-cpu"
-OVERHEAD = ROOT / "tests" / "benchmarks" / "results" / "overhead.txt"
+RESULTS = ROOT / "tests" / "benchmarks" / "results"
 
 
 def table() -> str:
@@ -25,10 +25,16 @@ def table() -> str:
     return printed(text.report(profkit.load(RUN)))
 
 
-def inspection() -> str:
-    """Return what `profkit inspect` prints for the small LLaVA."""
-    result = CliRunner().invoke(cli.cli, ["inspect"], env={"COLUMNS": "118"}, catch_exceptions=False)
+def command(*arguments: str) -> str:
+    """Return what a command of profkit prints, `inspect` of the small LLaVA for one."""
+    result = CliRunner().invoke(cli.cli, arguments, env={"COLUMNS": "118"}, catch_exceptions=False)
     return "\n".join(line.rstrip() for line in result.stdout.splitlines())
+
+
+def analysis() -> str:
+    """Return what `profkit analyze` prints for the committed run."""
+    printed = command("analyze", str(RUN), "--top", "6", "--validate")
+    return printed.replace(str(ROOT) + "/", "").rstrip()
 
 
 def printed(parts: Iterable[Any]) -> str:
@@ -42,7 +48,8 @@ def printed(parts: Iterable[Any]) -> str:
 
 def filled(readme: str) -> str:
     """Return the README with each figure block replaced by what the runs give."""
-    blocks = {"table": table(), "inspect": inspection(), "overhead": OVERHEAD.read_text(encoding="utf-8").rstrip()}
+    measured = {path.stem: path.read_text(encoding="utf-8").rstrip() for path in RESULTS.glob("*.txt")}
+    blocks = {"table": table(), "inspect": command("inspect"), "analyze": analysis(), **measured}
     for name, content in blocks.items():
         block = f"<!-- {name} -->\n```\n{content}\n```\n<!-- /{name} -->"
         readme, count = re.subn(

@@ -180,6 +180,13 @@ def test_stage_slices_on_the_trace_are_the_profiled_pass(run_and_path):
     assert durations["vision"] / 1e6 == pytest.approx(run.dilation().loc["vision", "profiled_ms"], rel=0.05, abs=0.1)
 
 
+def test_the_profile_gives_no_reason_to_doubt_it(run_and_path):
+    run, _ = run_and_path
+    profile = {one["name"]: one for one in run.manifest["checks"]["profile"]}
+    assert profile["ranges"]["ok"] is True and profile["ranges"]["total"] > 100
+    assert not [name for name, one in profile.items() if one["ok"] is False]
+
+
 def test_trace_size_does_not_grow_with_the_output():
     model, kwargs = small_llava()
     sizes = []

@@ -119,6 +119,7 @@ def repeated(source: Path, events: int, target: Path) -> int:
     # Pseudo-events with text for numbers are of the session, not of the program.
     moving = [one for one in listed if one["ph"] != "M" and not isinstance(one.get("pid"), str)]
     fixed = [one for one in listed if one["ph"] == "M"]
+    moving = moving[:events]
     times = [one["ts"] for one in moving if "ts" in one]
     span, stride = max(times) - min(times) + 10_000, 10**8
     encode = msgspec.json.Encoder().encode
