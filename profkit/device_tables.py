@@ -122,7 +122,8 @@ def _launched_inside(events: Events, owners: Owners, forest: Forest) -> tuple[np
 def stage_table(events: Events, owners: Owners, occupied: Occupancy) -> pd.DataFrame:
     """Return a row for each device and stage, and one of `all`, in the stages' order.
 
-    Columns: device, stage, steps (in which it occurs), kernels, launches (calls on the host), busy_ms (union of the
+    Columns: device, stage, steps (in which it occurs), kernels, launches (calls on the host), launches_per_step (in
+    decode: a token of each sequence), busy_ms (union of the
     stage's events on the device), sum_ms (over streams), idle_ms and its parts (before each of the stage's events:
     idle_host_ms, the launch had not been called; idle_launch_ms, it was on its way; idle_wait_ms, it waited for
     something else;
@@ -146,7 +147,7 @@ def stage_table(events: Events, owners: Owners, occupied: Occupancy) -> pd.DataF
 
 
 STAGE_COLUMNS = (
-    *("device", "stage", "steps", "kernels", "launches", "busy_ms", "sum_ms", "idle_ms"),
+    *("device", "stage", "steps", "kernels", "launches", "launches_per_step", "busy_ms", "sum_ms", "idle_ms"),
     *("idle_host_ms", "idle_launch_ms", "idle_wait_ms", "idle_unknown_ms"),
     *("delay_p50_us", "delay_p90_us", "delay_p99_us", "verdict", "evidence"),
 )
@@ -158,14 +159,16 @@ def _stage_row(
     mine = np.zeros(len(events), dtype=bool)
     mine[occupied.row[chosen]] = True
     steps = owners.step[occupied.row[chosen]]
+    count = len(np.unique(steps[steps >= 0]))
     delay_us = occupied.delay_ns[chosen & occupied.leads] / US
     parts = {name: int(getattr(occupied, f"{name}_ns")[chosen].sum()) for name in ("host", "launch", "wait", "unknown")}
     busy = int(busy_ns(events, mine))
     verdict, evidence = _verdict(occupied, chosen, busy, parts)
     return {
-        "steps": len(np.unique(steps[steps >= 0])),
+        "steps": count,
         "kernels": int(chosen.sum()),
         "launches": int(called.sum()),
+        "launches_per_step": int(called.sum()) / count if count else float("nan"),
         "busy_ms": busy / MS,
         "sum_ms": int(events.duration_ns[mine].sum()) / MS,
         "idle_ms": sum(parts.values()) / MS,

@@ -52,6 +52,7 @@ def explain(spans: Spans, events: Events, within: np.ndarray) -> Explanation:
     kernels = _with_steps(kernel_table(events, owners, forest), recorded)
     device = stage_table(events, owners, occupied)
     device["steps"] = device["stage"].map(recorded).fillna(device["steps"]).clip(lower=1).astype(int)
+    device["launches_per_step"] = device["launches"] / device["steps"]
     return Explanation(operators, kernels, device, checks)
 
 

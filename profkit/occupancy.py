@@ -28,7 +28,8 @@ def _covered(start_ns: np.ndarray, duration_ns: np.ndarray, group: np.ndarray) -
 
     The first of a group has its own start there.
     """
-    order = np.lexsort((start_ns, group))
+    # Of those that begin together the shorter go first: one of no length overlaps nothing.
+    order = np.lexsort((duration_ns, start_ns, group))
     start, lane = start_ns[order] - start_ns.min(), group[order].astype(np.int64)
     end = start + np.maximum(duration_ns[order], 0)
     # Groups follow each other on one axis, so that one running maximum serves all.

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from profkit.analysis import Analysis
-from profkit.device_tables import ALL
+from profkit.device_tables import ALL, OUTSIDE
 from profkit.run import plain
 
 MOST_STEPS = 12
@@ -22,8 +22,9 @@ def report(found: Analysis, top: int) -> Iterator[Table | str]:
     on_device = len(found.tables["devices"]) > 0
     if on_device:
         yield _devices(found.tables["devices"])
-        yield _stages(found.tables["stages"])
-        yield from _verdicts(found.tables["stages"])
+        stages = _telling(found.tables["stages"])
+        yield _stages(stages)
+        yield from _verdicts(stages)
         yield _coverage(found)
     elif len(found.tables["host"]):
         yield _host(found.tables["host"])
@@ -71,16 +72,31 @@ def _devices(devices: pd.DataFrame) -> Table:
 def _stages(stages: pd.DataFrame) -> Table:
     idle = ("host not ready", "launch", "wait", "unknown")
     table = _table(
-        "stage", "device", "steps", "kernels", "launches", "busy ms", "idle ms", *idle, "delay p50 … p99 us", left=2
+        "stage",
+        "device",
+        "steps",
+        "kernels",
+        "launches/step",
+        "busy ms",
+        "idle ms",
+        *idle,
+        "delay p50 … p99 us",
+        left=2,
     )
     for row in stages.to_dict(orient="records"):
         delays = "–" if pd.isna(row["delay_p50_us"]) else f"{row['delay_p50_us']:.1f} … {row['delay_p99_us']:.1f}"
         parts = (row[f"idle_{name}_ms"] for name in ("host", "launch", "wait", "unknown"))
-        counts = (str(row[name]) for name in ("steps", "kernels", "launches"))
+        a_step = "–" if pd.isna(row["launches_per_step"]) else f"{row['launches_per_step']:.0f}"
+        counts = (str(row["steps"]), str(row["kernels"]), a_step)
         times = map(_ms, (row["busy_ms"], row["idle_ms"], *parts))
         style = "bold" if row["stage"] == ALL else None
         table.add_row(escape(row["stage"]), escape(row["device"]), *counts, *times, delays, style=style)
     return table
+
+
+def _telling(stages: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that say something: where no stage is known, that of all is enough."""
+    return stages if set(stages["stage"]) - {ALL, OUTSIDE} else stages[stages["stage"] == ALL]
 
 
 def _verdicts(stages: pd.DataFrame) -> Iterator[str]:
@@ -132,7 +148,7 @@ def _kernels(kernels: pd.DataFrame, top: int) -> Table:
     table = _table("kernel", "mostly in", "count", "total ms", "mean us", "share", left=2)
     ordered = by_name.sort_values("total_ms", ascending=False, kind="stable")
     for name, row in ordered.head(top).iterrows():
-        owner = where.loc[name, "path"] or where.loc[name, "operator"] or where.loc[name, "stage"]
+        owner = where.loc[name, "path"] or where.loc[name, "operator"] or "nobody"
         more = f" +{int(row['scopes']) - 1}" if row["scopes"] > 1 else ""
         mean = f"{row['total_ms'] / row['count'] * 1e3:.1f}"
         share = f"{row['share'] * 100:.1f} %"

@@ -50,6 +50,13 @@ def test_busy_and_idle_time_partition_each_devices_span(made):
     assert overlapping(events).sum() == expected
 
 
+def test_a_kernel_of_no_length_overlaps_nothing():
+    made = HandMade()
+    made.kernel(made.launch(1), 5, 10)
+    made.kernel(made.launch(0), 5, 0)
+    assert overlapping(chrome.parse(made.text()).events).sum() == 0
+
+
 def table_of(made: HandMade):
     trace = chrome.parse(made.text())
     forest = nest(trace.events, ~trace.events.is_kind(*DEVICE))
