@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,8 +43,8 @@ class Sample(Protocol):
     def load(self) -> Any:
         """Read and decode the input files."""
 
-    def preprocess(self, loaded: Any) -> Any:
-        """Turn what was loaded into tensors on the host."""
+    def preprocess(self, loaded: Any, part: Callable[[str], AbstractContextManager[Any]]) -> Any:
+        """Turn what was loaded into tensors on the host; what it consists of goes inside `with part(name):`."""
 
     def transfer(self, batch: Any) -> Mapping[str, Any]:
         """Move the tensors to the model's device; the result goes to generate()."""
@@ -308,16 +308,17 @@ class _Tracing:
         """Return the arguments of generate(), from the sample if there is one, marked in `ledger`."""
         if self.sample is None:
             return _fresh(self.kwargs)
-        value: Any = None
-        for name in INPUT_STAGES:
-            step = getattr(self.sample, name)
-            arguments = () if name == "load" else (value,)
-            if ledger is None:
-                value = step(*arguments)
-            else:
-                with ledger.scope(Scope(f"{name}()", "input", name)):
-                    value = step(*arguments)
-        return {**value, **self.kwargs}
+
+        def measured(name: str, stage: str) -> AbstractContextManager[Any]:
+            return nullcontext() if ledger is None else ledger.scope(Scope(name, "input", stage))
+
+        with measured("load()", "load"):
+            loaded = self.sample.load()
+        with measured("preprocess()", "preprocess"):
+            batch = self.sample.preprocess(loaded, lambda name: measured(f"preprocess().{name}", "preprocess"))
+        with measured("transfer()", "transfer"):
+            moved = self.sample.transfer(batch)
+        return {**moved, **self.kwargs}
 
     def _generate(self, kwargs: Mapping[str, Any]) -> tuple[Any, int]:
         begin = time.perf_counter_ns()

@@ -22,7 +22,7 @@ from profkit.options import new_directory, parse_parts, parse_steps
 if TYPE_CHECKING:
     from profkit.models import Loaded
     from profkit.run import Run
-    from profkit.samples import ImageSample
+    from profkit.samples import Sample
 
 DEFAULT_MODEL = "tiny-llava"
 MOST_VALIDATED = 300_000
@@ -93,9 +93,10 @@ def cli() -> None:
 def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_json: bool, **options: Any) -> None:
     """Measure an unmodified generate() and say where the time went.
 
-    MODEL is a preset (tiny-llava, the default; llava-1.5-7b), a checkpoint's directory or hub id, or
-    package.module:function, which returns (model, generate_kwargs) or (model, processor). INPUTS are image files;
-    without any, a photograph that ships with profkit.
+    MODEL is a preset (tiny-llava, the default, tiny-video-llava, tiny-eventgpt; llava-1.5-7b, video-llava-7b,
+    eventgpt-7b), a checkpoint's directory or hub id, or package.module:function, which returns (model,
+    generate_kwargs) or (model, processor). INPUTS are image files, a video, or an event stream (.npz, .npy), as the
+    model takes them; without any, what ships with profkit.
 
     Example: profkit trace llava-1.5-7b photo.jpg --weights random --dtype bfloat16
     """
@@ -240,7 +241,7 @@ def _inspect(name: str, inputs: Sequence[str], options: dict[str, Any], progress
 
     loaded = _load(name, options, progress)
     kwargs = dict(loaded.generate_kwargs or {})
-    if inputs or hasattr(loaded.processor, "image_processor"):
+    if inputs or hasattr(loaded.processor, "image_processor") or hasattr(loaded.processor, "media"):
         kwargs = _sample_kwargs(_sample(loaded, inputs, {**options, "max_new_tokens": 4}))
     progress("watching a short generate()")
     found = inspection.inspect(loaded.model, parts=parse_parts(options["part"]), **kwargs)
@@ -251,7 +252,7 @@ def _inspect(name: str, inputs: Sequence[str], options: dict[str, Any], progress
     return found, inspection.part_table(loaded.model, found), abilities
 
 
-def _sample_kwargs(sample: ImageSample | None) -> dict[str, Any]:
+def _sample_kwargs(sample: Sample | None) -> dict[str, Any]:
     return dict(sample.transfer(sample.preprocess(sample.load()))) if sample else {}
 
 
@@ -332,7 +333,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def _sample(loaded: Loaded, inputs: Sequence[str], options: dict[str, Any]) -> ImageSample | None:
+def _sample(loaded: Loaded, inputs: Sequence[str], options: dict[str, Any]) -> Sample | None:
     from profkit import samples
 
     if loaded.generate_kwargs is not None:
@@ -345,14 +346,8 @@ def _sample(loaded: Loaded, inputs: Sequence[str], options: dict[str, Any]) -> I
             "processor beside it, or give package.module:function, which returns (model, generate_kwargs). "
             f"(transformers said: {loaded.why_no_processor})"
         )
-    takes_images = hasattr(loaded.processor, "image_processor")
-    if inputs and not takes_images:
-        raise InputError(f"{loaded.name} takes text alone: leave INPUTS out.")
-    images = [Path(one) for one in inputs] or [samples.default_image()] * takes_images
-    for image in images:
-        samples.read_image(image)
-    prompt = samples.DEFAULT_PROMPT if options["prompt"] is None else options["prompt"]
-    return samples.ImageSample(images, prompt, loaded.processor, loaded.model, options["max_new_tokens"])
+    files = [Path(one) for one in inputs]
+    return samples.sample_for(loaded.processor, loaded.model, files, options["prompt"], options["max_new_tokens"])
 
 
 def _generate_options(loaded: Loaded, options: dict[str, Any]) -> dict[str, Any]:

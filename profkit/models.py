@@ -7,7 +7,7 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import nn
 
-from profkit import processors
+from profkit import eventgpt, processors
 from profkit.errors import InputError, ProfkitError
 
 WEIGHTS_SEED = 0
@@ -29,6 +29,12 @@ AUTO_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForSeq2SeqLM",
 )
+PROCESSORS: dict[str, Callable[[Any], Any]] = {
+    "LlavaForConditionalGeneration": processors.llava,
+    "VideoLlavaForConditionalGeneration": processors.video_llava,
+    "EventGPT": processors.eventgpt,
+}
+"""For presets with random weights, by architecture."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -116,9 +122,10 @@ def _preset(name: str, device: torch.device, dtype: torch.dtype | None, weights:
         return loaded
     if weights == "real":
         raise InputError(f"Preset {name} has no real weights; leave --weights out.")
-    model_class = getattr(transformers, preset["architecture"])
+    model_class = getattr(transformers, preset["architecture"], None) or getattr(eventgpt, preset["architecture"])
     config = model_class.config_class(**preset["config"])
-    return Loaded(name, random_model(model_class, config, device, dtype), processors.llava(config), random_weights=True)
+    processor = PROCESSORS[preset["architecture"]](config)
+    return Loaded(name, random_model(model_class, config, device, dtype), processor, random_weights=True)
 
 
 def random_model(model_class: Any, config: Any, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -136,10 +143,26 @@ def _checkpoint(spec: str, device: torch.device, dtype: torch.dtype | None, trus
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{spec} is a file: give a preset, the directory of a checkpoint, or package.module:function.")
     try:
+        if folder.is_dir() and _model_type(folder) == eventgpt.EventGPTConfig.model_type:
+            return _eventgpt(folder, device, dtype)
         return _from_pretrained(spec, device, dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = " ".join(str(error).split())[:300]
         raise InputError(f"Cannot load the checkpoint {spec}: {first}") from error
+
+
+def _model_type(folder: Path) -> str:
+    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+
+
+def _eventgpt(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Loaded:
+    """Load a released checkpoint of EventGPT, which transformers does not know."""
+    model = eventgpt.from_checkpoint(folder, dtype).to(device)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        return Loaded(folder.name, model, why_no_processor=" ".join(str(error).split())[:200])
+    return Loaded(folder.name, model, processors.eventgpt(model.config, tokenizer))
 
 
 def _from_pretrained(spec: str, device: torch.device, dtype: torch.dtype | None, **options: Any) -> Loaded:

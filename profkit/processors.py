@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN, VIDEO_TOKEN, EVENT_TOKEN = "<image>", "<video>", "<event>"
+Part = Callable[[str], AbstractContextManager[Any]]
+"""Given the name of a part of preprocessing, a context that measures it."""
 
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | upper }}: "
@@ -16,6 +23,13 @@ LLAVA_TEMPLATE = (
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 """LLaVA-1.5's prompt: `USER: <image>` and a line feed, the question, `ASSISTANT:`."""
+VIDEO_PROMPT = "USER: <video>\n{} ASSISTANT:"
+"""Video-LLaVA's prompt."""
+EVENT_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: <ev_start><event><ev_end>\n{} ASSISTANT:"
+)
+"""EventGPT's prompt: the first template of Vicuna around the place for the events."""
 
 
 def byte_tokenizer(special_ids: dict[str, int]) -> transformers.PreTrainedTokenizerFast:
@@ -64,5 +78,86 @@ def llava(config: transformers.LlavaConfig) -> transformers.LlavaProcessor:
     )
 
 
-def _pad_id(config: transformers.LlavaConfig) -> int:
+@dataclass
+class FramesProcessor:
+    """Image processing and a tokenizer for models that are shown several frames at once."""
+
+    image_processor: Any
+    tokenizer: Any
+    media: str
+    prompt: str
+    """The template around a question, with the placeholder for the frames."""
+    placeholder: str
+    placeholder_id: int
+    tokens: int
+    """How many ids the placeholder becomes."""
+    frames: int
+
+    def pixels(self, frames: Sequence[np.ndarray]) -> torch.Tensor:
+        """Return frames, uint8 [height, width, 3] each, as one tensor [frames, 3, size, size]."""
+        listed = [np.ascontiguousarray(frame) for frame in frames]
+        return self.image_processor(listed, return_tensors="pt")["pixel_values"]
+
+    def ids(self, text: str) -> torch.Tensor:
+        """Return a prompt's ids [1, length]; a text without the placeholder is put into the template first."""
+        whole = text if self.placeholder in text else self.prompt.format(text)
+        before, _, after = whole.partition(self.placeholder)
+        head = self.tokenizer(before)["input_ids"]
+        tail = self.tokenizer(after, add_special_tokens=False)["input_ids"]
+        return torch.tensor([[*head, *[self.placeholder_id] * self.tokens, *tail]])
+
+
+def video_llava(config: transformers.VideoLlavaConfig, frames: int = 8) -> FramesProcessor:
+    """Return a processor for a Video-LLaVA with random weights."""
+    vision = config.vision_config
+    tokens = frames * ((vision.image_size // vision.patch_size) ** 2 + 1)
+    tokenizer = byte_tokenizer({VIDEO_TOKEN: config.video_token_index, "<pad>": _pad_id(config)})
+    pixels = clip_image_processor(vision.image_size)
+    index = config.video_token_index
+    return FramesProcessor(pixels, tokenizer, "videos", VIDEO_PROMPT, VIDEO_TOKEN, index, tokens, frames)
+
+
+def eventgpt(config: Any, tokenizer: Any = None, frames: int = 5) -> FramesProcessor:
+    """Return a processor for an EventGPT; without a tokenizer, for one with random weights."""
+    pixels = clip_image_processor(config.visual_tower["image_size"])
+    tokenizer = tokenizer or byte_tokenizer({"<pad>": config.pad_token_id or 0})
+    return FramesProcessor(pixels, tokenizer, "events", EVENT_PROMPT, EVENT_TOKEN, -200, 1, frames)
+
+
+def _pad_id(config: Any) -> int:
     return config.pad_token_id if config.pad_token_id is not None else config.text_config.pad_token_id
+
+
+class _Measured:
+    """Stands for a part of a processor while it is called, and measures its calls."""
+
+    def __init__(self, inner: Any, name: str, part: Part) -> None:
+        self._inner, self._name, self._part = inner, name, part
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._part(self._name):
+            return self._inner(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+PARTS = {
+    "image_processor": "resize and normalise",
+    "video_processor": "resize and normalise",
+    "feature_extractor": "extract features",
+    "tokenizer": "tokenise",
+}
+
+
+@contextmanager
+def measured(processor: Any, part: Part) -> Iterator[None]:
+    """Measure the calls of a processor's parts in the body, and leave the processor as it was."""
+    found = {name: inner for name in PARTS if (inner := vars(processor).get(name)) is not None}
+    try:
+        for name, inner in found.items():
+            setattr(processor, name, _Measured(inner, PARTS[name], part))
+        yield
+    finally:
+        for name, inner in found.items():
+            setattr(processor, name, inner)

@@ -1,71 +1,85 @@
-"""Inputs to measure with: images and a prompt, loaded, preprocessed and moved as three stages."""
+"""Inputs to measure with: images, a video or an event stream and a prompt, loaded, preprocessed and moved as stages."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 
+from profkit import event_streams
 from profkit.environment import device_of
 from profkit.errors import InputError
+from profkit.processors import Part, measured
 
-DEFAULT_PROMPT = "What is shown in this image?"
+DEFAULT_PROMPT = "What is shown in this {}?"
+FILES = {"images": "cat.jpg", "videos": "cat.mp4", "events": "cat_events.npz"}
+WORDS = {"images": "image", "videos": "video", "events": "event stream"}
+SUFFIXES = {
+    **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"), "videos"),
+    **dict.fromkeys((".npz", ".npy"), "events"),
+}
+
+
+def default_file(media: str) -> Path:
+    """Return the path of the photograph, the video or the event stream that ships with profkit."""
+    return Path(str(resources.files("profkit") / "data" / FILES[media]))
 
 
 def default_image() -> Path:
     """Return the path of the photograph that ships with profkit."""
-    return Path(str(resources.files("profkit") / "data" / "cat.jpg"))
+    return default_file("images")
+
+
+def unmeasured(_: str) -> nullcontext[None]:
+    """Measure nothing."""
+    return nullcontext()
 
 
 @dataclass
-class ImageSample:
-    """One prompt about some images, for a model with a processor.
+class Sample:
+    """One prompt about some files, for a model with a processor; see the kinds below."""
 
-    A prompt that holds the processor's image placeholder is used as written; another is put into the
-    processor's chat template, one placeholder an image.
-    """
-
-    images: Sequence[Path]
+    paths: Sequence[Path]
     prompt: str
     processor: Any
     model: nn.Module
     max_new_tokens: int
 
-    def load(self) -> list[Image.Image]:
+    def load(self) -> Any:
         """Read and decode the files. Raises InputError naming the one that cannot be."""
-        return [read_image(path) for path in self.images]
+        raise NotImplementedError
 
-    def preprocess(self, loaded: list[Image.Image]) -> Any:
-        """Run the processor; the result holds tensors on the CPU."""
-        text = prompt_text(self.processor, self.prompt, len(self.images))
-        try:
-            images = {"images": loaded} if loaded else {}
-            batch = self.processor(text=text, return_tensors="pt", **images)
-        except (ValueError, IndexError, TypeError) as error:
-            raise InputError(f"{type(self.processor).__name__} refused the inputs: {_one_line(error)}") from error
-        self._check_room(int(batch["input_ids"].shape[1]))
-        return batch
+    def preprocess(self, loaded: Any, part: Part = unmeasured) -> Any:
+        """Turn what was loaded into generate()'s arguments on the host; `part` measures what it consists of."""
+        raise NotImplementedError
 
     def transfer(self, batch: Any) -> Mapping[str, Any]:
         """Move the tensors to the model's device, floating ones to its dtype."""
         device, dtype = device_of(self.model), next(self.model.parameters()).dtype
-        return {
-            name: value.to(device, dtype if value.is_floating_point() else None) if hasattr(value, "to") else value
-            for name, value in batch.items()
-        }
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.to(device, dtype if value.is_floating_point() else None)
+            return [moved(one) for one in value] if isinstance(value, list) else value
+
+        return {name: moved(value) for name, value in batch.items()}
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of each file and of the prompt."""
-        files = {f"file:{path}": hashlib.sha256(path.read_bytes()).hexdigest() for path in self.images}
+        files = {f"file:{path}": hashlib.sha256(path.read_bytes()).hexdigest() for path in self.paths}
         return {**files, "prompt": hashlib.sha256(self.prompt.encode()).hexdigest()}
 
-    def _check_room(self, prompt_tokens: int) -> None:
+    def check_room(self, prompt_tokens: int) -> None:
+        """Raise InputError if prompt and new tokens are more than the model has positions for."""
         config: Any = getattr(self.model, "config", None)
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         room = getattr(text_config, "max_position_embeddings", None)
@@ -74,6 +88,105 @@ class ImageSample:
                 f"The prompt takes {prompt_tokens} tokens and {self.max_new_tokens} new ones are wanted, "
                 f"but the model has room for {room}: shorten the prompt, give fewer images, or lower --max-new-tokens."
             )
+
+
+class ImageSample(Sample):
+    """Images, for a processor of transformers.
+
+    A prompt that holds the processor's image placeholder is used as written; another is put into the
+    processor's chat template, one placeholder an image.
+    """
+
+    def load(self) -> list[Image.Image]:
+        """Read and decode the images."""
+        return [read_image(path) for path in self.paths]
+
+    def preprocess(self, loaded: list[Image.Image], part: Part = unmeasured) -> Any:
+        """Run the processor; the result holds tensors on the CPU."""
+        text = prompt_text(self.processor, self.prompt, len(self.paths))
+        try:
+            images = {"images": loaded} if loaded else {}
+            with measured(self.processor, part):
+                batch = self.processor(text=text, return_tensors="pt", **images)
+        except (ValueError, IndexError, TypeError) as error:
+            raise InputError(f"{type(self.processor).__name__} refused the inputs: {_one_line(error)}") from error
+        self.check_room(int(batch["input_ids"].shape[1]))
+        return batch
+
+
+class VideoSample(Sample):
+    """A video, of which the model sees a fixed number of frames at equal distances."""
+
+    def load(self) -> np.ndarray:
+        """Decode the frames: uint8 [frames, height, width, 3]."""
+        from profkit.videos import read_frames
+
+        return read_frames(self.paths[0], self.processor.frames)
+
+    def preprocess(self, loaded: np.ndarray, part: Part = unmeasured) -> dict[str, Any]:
+        """Return ids, mask and pixels [1, frames, 3, size, size]."""
+        with part("resize and normalise"):
+            pixels = self.processor.pixels(list(loaded))
+        with part("tokenise"):
+            ids = self.processor.ids(self.prompt)
+        self.check_room(ids.shape[1])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": pixels[None]}
+
+
+class EventSample(Sample):
+    """An event stream, drawn as frames for EventGPT."""
+
+    def load(self) -> event_streams.EventStream:
+        """Read the events."""
+        found = event_streams.read_stream(self.paths[0])
+        if found.length_us >= event_streams.EVENTGPT_LIMIT_US:
+            raise InputError(
+                f"The event stream {self.paths[0]} lasts {found.length_us / 1e3:.0f} ms, and EventGPT takes less than "
+                f"{event_streams.EVENTGPT_LIMIT_US // 1000} ms: cut a part out with profkit.event_streams.cut()."
+            )
+        return found
+
+    def preprocess(self, loaded: event_streams.EventStream, part: Part = unmeasured) -> dict[str, Any]:
+        """Return ids with the placeholder, and the frames' pixels [3, size, size] in a list."""
+        with part("rasterise"):
+            frames = event_streams.frames(loaded, self.processor.frames)
+        with part("resize and normalise"):
+            pixels = self.processor.pixels(frames)
+        with part("tokenise"):
+            ids = self.processor.ids(self.prompt)
+        self.check_room(ids.shape[1])
+        sizes = [list(frames[0].shape[:2])]
+        return {"inputs": ids, "event_tensors": [list(pixels)], "event_image_sizes": sizes}
+
+
+KINDS: dict[str, type[Sample]] = {"images": ImageSample, "videos": VideoSample, "events": EventSample}
+
+
+def sample_for(
+    processor: Any, model: nn.Module, files: Sequence[Path], prompt: str | None, max_new_tokens: int
+) -> Sample:
+    """Return the sample of some files that suits a processor; without files, of what ships with profkit.
+
+    Raises InputError for files that the model cannot take, or that cannot be read.
+    """
+    media = getattr(processor, "media", "images" if hasattr(processor, "image_processor") else "")
+    if files and not media:
+        raise InputError(f"{type(model).__name__} takes text alone: leave INPUTS out.")
+    for path in files:
+        given = SUFFIXES.get(path.suffix.lower(), "images")
+        if given != media:
+            raise InputError(f"{path} is not {_a(WORDS[media])}, which is what {type(model).__name__} takes here.")
+    if media in ("videos", "events") and len(files) > 1:
+        raise InputError(f"{type(model).__name__} takes one {WORDS[media]}, got {len(files)}.")
+    paths = list(files) or ([default_file(media)] if media else [])
+    question = DEFAULT_PROMPT.format(WORDS[media or "images"]) if prompt is None else prompt
+    sample = KINDS[media or "images"](paths, question, processor, model, max_new_tokens)
+    sample.load()
+    return sample
+
+
+def _a(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
 def read_image(path: Path) -> Image.Image:

@@ -104,19 +104,28 @@ def breakdown_table(run: Run) -> Table:
     for group in stages.GROUPS:
         rows = breakdown[breakdown["classic_stage"] == group.number]
         if len(rows):
-            _add_group(table, group, rows, clocks)
+            _add_group(table, group, rows, clocks, _parts_of_inputs(run))
     total = spread.loc["total"]
     table.add_row("total", "", *_sums(breakdown, clocks), "100.0 %", *_spread_cells(total), style="bold")
     return table
 
 
-def _add_group(table: Table, group: stages.Group, rows: pd.DataFrame, clocks: list[str]) -> None:
+def _parts_of_inputs(run: Run) -> pd.DataFrame:
+    """Return what preprocessing consists of: rows of modules() whose paths begin with that of their stage."""
+    modules = run.modules()
+    return modules[modules["path"].str.startswith("preprocess().")]
+
+
+def _add_group(table: Table, group: stages.Group, rows: pd.DataFrame, clocks: list[str], parts: pd.DataFrame) -> None:
     share = f"{rows['share'].sum() * 100:.1f} %"
     table.add_row(f"{group.number} {group.title}", "", *_sums(rows, clocks), share, "", "", style="bold")
     for name, row in rows.iterrows():
         calls = str(int(row["calls"])) if row["calls"] else ""
         share = f"{row['share'] * 100:.1f} %"
         table.add_row(f"    {name}", calls, *(_ms(row[clock]) for clock in clocks), share, *_spread_cells(row))
+        for part in parts[parts["stage"] == name].to_dict(orient="records"):
+            title = f"        {part['path'].partition('.')[2]}"
+            table.add_row(title, str(part["calls"]), _ms(part["total_ms"]), style="dim")
 
 
 def _sums(rows: pd.DataFrame, clocks: list[str]) -> list[str]:

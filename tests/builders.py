@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from profkit import models
+from profkit.eventgpt import EventGPT, EventGPTConfig
 from profkit.events import NOTHING, Events
 from profkit.ledger import Ledger, Scope
 from profkit.spans import Spans
@@ -123,58 +124,22 @@ def small_llava() -> tuple[Any, dict[str, Any]]:
     return model, {**kwargs, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 
 
-class VisualTower(nn.Module):
-    """A wrapper that is never called: EventGPT's, and LLaVA's own code, have one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.visual_tower = transformers.CLIPVisionModel(
-            transformers.CLIPVisionConfig(
-                hidden_size=32,
-                intermediate_size=37,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                image_size=28,
-                patch_size=14,
-            )
-        )
-
-
-class EventModel(transformers.LlamaForCausalLM):
-    """A language model with a tower, a projector and an adaptor inside, after EventGPT's manner.
-
-    Its generate() encodes frame by frame, pools outside modules, and hands embeddings to the plain generate().
-    """
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        self.model.visual_tower = VisualTower()
-        self.model.visual_projector = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
-        self.model.feature_adaptor = nn.Linear(32, 32)
-
-    @torch.no_grad()
-    def generate(self, inputs: torch.Tensor, event_tensors: list[list[torch.Tensor]], **kwargs: Any) -> torch.Tensor:
-        """Answer a prompt of ids in which -200 stands for the events."""
-        frames = []
-        for frame in event_tensors[0]:
-            features = self.model.visual_tower.visual_tower(frame[None]).last_hidden_state
-            frames.append(self.model.feature_adaptor(self.model.visual_projector(features))[0])
-        stacked = torch.stack(frames)
-        events = torch.cat([stacked.mean(1), stacked.mean(0)])
-        place = int((inputs[0] == -200).nonzero())
-        before, after = (self.model.embed_tokens(part) for part in (inputs[0, :place], inputs[0, place + 1 :]))
-        return super().generate(inputs_embeds=torch.cat([before, events, after])[None], **kwargs)
-
-
-def event_model() -> tuple[EventModel, dict[str, Any]]:
-    """An EventModel of two layers, and generate() arguments for five tokens about five frames."""
-    config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, vocab_size=99, pad_token_id=0
+def event_model() -> tuple[EventGPT, dict[str, Any]]:
+    """An EventGPT of two layers, and generate() arguments for five tokens about five frames."""
+    tower = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = EventGPTConfig(
+        visual_tower={**tower, "image_size": 28, "patch_size": 14},
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=99,
+        pad_token_id=0,
     )
     torch.manual_seed(0)
     frames = [torch.randn(3, 28, 28) for _ in range(5)]
     kwargs = {"inputs": torch.tensor([[1, 5, -200, 6, 7]]), "event_tensors": [frames]}
-    return EventModel(config).eval(), {**kwargs, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    return EventGPT(config).eval(), {**kwargs, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 
 
 class Block(nn.Module):

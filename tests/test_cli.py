@@ -281,3 +281,40 @@ def test_inspect_a_checkpoint_without_a_processor():
     status, _, err = invoke("trace", "checkpoint")
     assert status == 2
     assert "comes without a processor or tokenizer" in err
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        ("tiny-llava", ["resize and normalise", "tokenise"]),
+        ("tiny-video-llava", ["resize and normalise", "tokenise"]),
+        ("tiny-eventgpt", ["rasterise", "resize and normalise", "tokenise"]),
+    ],
+)
+def test_all_four_stages_of_each_system(tmp_path, model, parts):
+    out = tmp_path / "run"
+    options = ("--max-new-tokens", "3", "--repeat", "1", "--warmup", "0", "--no-profile", "--out", str(out))
+    result = CliRunner().invoke(cli, ["trace", model, *options], env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    run = profkit.load(out)
+    table = run.breakdown()
+    assert set(table["classic_stage"]) == {1, 2, 3, 4}
+    assert table["host_ns"].sum() == run.representative.total_ns[run.representative.depth == 0].sum()
+    modules = run.modules().set_index("path")
+    for name in parts:
+        assert name in result.output
+        assert modules.loc[f"preprocess().{name}", "stage"] == "preprocess"
+    inside = modules.loc[[f"preprocess().{name}" for name in parts], "total_ms"].sum()
+    assert inside <= table.loc["preprocess", "host_ms"]
+
+
+def test_inputs_of_the_wrong_kind(tmp_path):
+    from profkit import samples
+
+    image, video = (str(samples.default_file(media)) for media in ("images", "videos"))
+    wrong = [("tiny-llava", [video], "is not an image"), ("tiny-eventgpt", [image], "is not an event stream")]
+    for model, files, said in [*wrong, ("tiny-video-llava", [video, video], "takes one video, got 2")]:
+        result = CliRunner().invoke(cli, ["trace", model, *files, "--out", str(tmp_path / "run")])
+        assert result.exit_code == 2
+        assert said in result.stderr

@@ -14,16 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "profkit"
 FLOORS = {
     1: {"stages", "errors", "stats"},
     2: {
-        "ledger",
-        "events",
-        "annotate",
-        "anatomy",
-        "trail",
-        "wrapping",
-        "clock",
-        "environment",
-        "processors",
-        "options",
+        *("ledger", "events", "annotate", "anatomy", "trail", "wrapping", "clock", "environment", "processors"),
+        *("event_streams", "videos", "eventgpt", "options"),
     },
     3: {"spans", "pieces", "nesting", "plan", "structure", "stacks", "language", "models", "samples", "validation"},
     4: {"attribution", "chrome", "phases", "probes", "roles"},
@@ -36,7 +28,7 @@ FLOORS = {
 }
 WITH_TORCH = {
     *("clock", "environment", "wrapping", "processors", "models", "samples", "plan", "probes", "kineto"),
-    *("probing", "dummies", "inspection", "capabilities", "capture"),
+    *("probing", "dummies", "inspection", "capabilities", "capture", "eventgpt"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
