@@ -103,7 +103,7 @@ def profile(model: nn.Module, *, granularity: Granularity = "layer", anatomy: An
         spans = Spans(marks, scopes.list)
         result.passes = [Pass("clean", _generate_ns(spans), spans)]
         result.anatomy = instrument.anatomy.with_calls(_calls_by_path(spans))
-        result.manifest["calls"] = [_call_dict(call) for call in instrument.calls]
+        result.manifest["calls"] = [call_dict(call) for call in instrument.calls]
         result.manifest["faults"] = ledger.faults
         result.manifest["checks"] = {"repaired": vars(spans.repair)}
 
@@ -168,14 +168,14 @@ def trace(
     if (sample is None) == (generate_kwargs is None):
         raise InputError("trace() takes either generate_kwargs or a sample, not both and not neither.")
     with preserved_random_state():
-        tracing = _Tracing(model, sample, {**(generate_kwargs or {}), **(options or {})}, anatomy, parts, what)
+        tracing = Tracing(model, sample, {**(generate_kwargs or {}), **(options or {})}, anatomy, parts, what)
         result = tracing.run(dict(manifest or {}))
     if target is not None:
         result.save(target, force)
     return result
 
 
-class _Tracing:
+class Tracing:
     """One trace(): runs the passes in order and puts the Run together."""
 
     def __init__(
@@ -200,10 +200,11 @@ class _Tracing:
         self.faults: list[str] = []
 
     def run(self, manifest: dict[str, Any]) -> Run:
+        """Make every pass of the plan and return the run."""
         started_ms = int(time.time() * 1000)
         if not self.parts_are_known:
             self.plan.progress("finding the parts")
-            self._find_parts()
+            self.find_parts()
         for number in range(self.plan.warmup):
             self.plan.progress(f"warm-up {number + 1} of {self.plan.warmup}")
             self.control()
@@ -228,13 +229,14 @@ class _Tracing:
         if self.plan.profile:
             self.profiled(result)
         checks["same_tokens"] = self.same_tokens()
-        result.manifest["calls"] = [_call_dict(self.calls[0])]
+        result.manifest["calls"] = [call_dict(self.calls[0])]
         result.manifest["tokens"] = _token_list(self.tokens["clean"][0])
         result.manifest["checks"] = {**result.manifest.get("checks", {}), **checks}
         result.manifest["faults"] = self.faults
         return result
 
-    def _find_parts(self) -> None:
+    def find_parts(self) -> None:
+        """Look for the model's parts with the sample's arguments."""
         kwargs = self._prepared()
         try:
             self.anatomy = inspection.anatomy_for(self.model, kwargs, self.parts)
@@ -385,5 +387,6 @@ def _token_list(tokens: torch.Tensor | None) -> list[list[int]] | None:
     return None if tokens is None else tokens.tolist()
 
 
-def _call_dict(call: Call) -> dict[str, int | None]:
+def call_dict(call: Call) -> dict[str, int | None]:
+    """Return the sizes of a call of generate()."""
     return {"batch": call.batch, "prompt_tokens": call.prompt_tokens, "new_tokens": call.new_tokens()}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 
 from profkit import __version__, text
-from profkit.errors import InputError, MeasurementError, ProfkitError
+from profkit.command import Command, model_options, quiet_libraries
+from profkit.errors import InputError, MeasurementError
 from profkit.options import new_directory, parse_parts, parse_steps
 
 if TYPE_CHECKING:
@@ -29,49 +29,6 @@ MOST_VALIDATED = 300_000
 """Events that torch's validator, which loads them as Python objects, is asked to check unless told so."""
 
 
-class Command(click.Command):
-    """Turns profkit's errors into one sentence and an exit status; --debug shows the traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command, catching what it raises."""
-        errors = Console(stderr=True, soft_wrap=True, highlight=False)
-        try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except KeyboardInterrupt:
-            errors.print("Interrupted: nothing was written.")
-            ctx.exit(130)
-        except Exception as error:
-            if ctx.params.get("debug"):
-                click.echo(traceback.format_exc(), err=True)
-            expected = isinstance(error, ProfkitError)
-            sentence = str(error) if expected else f"Unexpected {type(error).__name__}: {error} (--debug shows where)"
-            errors.print(f"[red]Error:[/red] {escape(sentence)}")
-            ctx.exit(error.exit_status if isinstance(error, ProfkitError) else MeasurementError.exit_status)
-
-
-def _model_options(command: Any) -> Any:
-    """Add the options of every command that loads and runs a model."""
-    devices = "cpu, cuda, cuda:1, xpu, mps; auto: the accelerator if there is one."
-    options = [
-        click.option("--model", help="MODEL by name; then every argument is an input."),
-        click.option("--device", default="auto", help=devices),
-        click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"),
-        click.option("--weights", type=click.Choice(["auto", "real", "random"]), default="auto", help="Of a preset."),
-        click.option("--prompt", help="A question, or a whole prompt with the processor's image placeholders."),
-        click.option(
-            "--part", multiple=True, metavar="ROLE=PATH", help="Name a part yourself, e.g. projector=model.merger."
-        ),
-        click.option("--trust-remote-code", is_flag=True, help="Run code that a checkpoint brings along."),
-        click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables."),
-        click.option("--debug", is_flag=True, help="Show tracebacks."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="profkit")
 def cli() -> None:
@@ -80,7 +37,7 @@ def cli() -> None:
 
 @cli.command(cls=Command, context_settings={"show_default": True})
 @click.argument("arguments", nargs=-1, metavar="[MODEL] [INPUTS]...")
-@_model_options
+@model_options
 @click.option("--max-new-tokens", type=click.IntRange(1), default=32)
 @click.option("--warmup", type=click.IntRange(0), default=1, help="Passes before measuring.")
 @click.option("--repeat", type=click.IntRange(1), default=5, help="Clean passes, each beside a control.")
@@ -90,6 +47,16 @@ def cli() -> None:
 @click.option("--seed", type=int, default=0, help="Random state of every pass.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: traces/<model>-<time>]")
 @click.option("--force", is_flag=True, help="Replace the run in --out.")
+@click.option(
+    "--samples",
+    "listed",
+    type=click.Path(path_type=Path),
+    metavar="LIST",
+    help="Many samples: a directory of files, .jsonl, .json or .parquet with image, video or events, prompt and id.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Of --samples, the first so many.")
+@click.option("--resume", is_flag=True, help="Go on with the samples of --out that have no good row yet.")
+@click.option("--fail-fast", is_flag=True, help="Stop at the first sample that cannot be measured.")
 def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_json: bool, **options: Any) -> None:
     """Measure an unmodified generate() and say where the time went.
 
@@ -101,6 +68,11 @@ def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_js
     Example: profkit trace llava-1.5-7b photo.jpg --weights random --dtype bfloat16
     """
     name, inputs = _named(arguments, model)
+    if options["listed"]:
+        if inputs:
+            raise InputError("--samples names the inputs: leave INPUTS out.")
+        _trace_samples(name, out, as_json, options)
+        return
     profile_steps = parse_steps(options["profile_steps"])
     status = Console(stderr=True).status("starting")
     with status:
@@ -113,9 +85,46 @@ def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_js
         raise MeasurementError(f"The run is saved, but these checks failed: {'; '.join(failed)}.")
 
 
+def _trace_samples(name: str, out: Path | None, as_json: bool, options: dict[str, Any]) -> None:
+    """Measure a list of samples and print what they took, typically."""
+    from profkit import sample_lists, sample_text
+
+    items = sample_lists.read_items(options["listed"])[: options["limit"]]
+    if options["resume"] and out is None:
+        raise InputError("--resume needs --out: the run to go on with.")
+    target = out or new_directory(name)
+    quiet_libraries()
+    from profkit import sampling
+
+    with Progress(*sample_text.COLUMNS, console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"loading {name}", total=len(items), failed=0)
+        loaded = _load(name, options, lambda what: None)
+        if loaded.processor is None:
+            raise InputError(f"{name} comes without a processor, which --samples needs.")
+        plan = sampling.Plan(
+            options["max_new_tokens"],
+            options["prompt"],
+            _generate_options(loaded, options),
+            **{key: options[key] for key in ("warmup", "granularity", "seed", "fail_fast", "resume")},
+            progress=lambda done, total, failed: progress.update(
+                task, description=name, completed=done, total=total, failed=failed
+            ),
+        )
+        about = {"model": name, "weights": "random" if loaded.random_weights else "as loaded"}
+        manifest = sampling.describe(loaded.model, plan, {**about, "samples": str(options["listed"])})
+        run = sampling.measure(loaded.model, loaded.processor, items, target, plan, manifest)
+    if as_json:
+        click.echo(json.dumps(sample_text.as_dict(run), indent=1, allow_nan=False))
+        return
+    console = Console(highlight=False)
+    for part in sample_text.report(run):
+        console.print(part)
+    console.print(f"Wrote {escape(str(target))}", soft_wrap=True)
+
+
 @cli.command(name="inspect", cls=Command, context_settings={"show_default": True})
 @click.argument("arguments", nargs=-1, metavar="[MODEL] [INPUTS]...")
-@_model_options
+@model_options
 @click.option("--capabilities/--no-capabilities", default=True, help="Also try what the model can do.")
 def inspect_command(arguments: tuple[str, ...], model: str | None, as_json: bool, **options: Any) -> None:
     """Show where a model's parts are, how each was found, how often it runs, and what the model can do.
@@ -229,13 +238,13 @@ def _validated(one: Any, validate: bool | None) -> str:
         return "not asked (--no-validate)"
     from profkit import validation
 
-    _quiet_libraries()
+    quiet_libraries()
     return validation.validate(one.path)
 
 
 def _inspect(name: str, inputs: Sequence[str], options: dict[str, Any], progress: Any) -> tuple[Any, Any, list[Any]]:
     """Load the model and return its anatomy, the table of its parts and its capabilities."""
-    _quiet_libraries()
+    quiet_libraries()
     progress("importing torch and transformers")
     from profkit import capabilities, inspection
 
@@ -291,7 +300,7 @@ def _measure(
 ) -> tuple[Any, Path]:
     """Load the model, trace it, and return the run and where it was saved."""
     target = out or new_directory(name)
-    _quiet_libraries()
+    quiet_libraries()
     progress("importing torch and transformers")
     from profkit import capture, run
 
@@ -323,14 +332,6 @@ def _measure(
         **{key: options[key] for key in ("warmup", "repeat", "granularity", "seed")},
     )
     return result, target
-
-
-def _quiet_libraries() -> None:
-    """Keep libraries' chatter out of the output; must come before torch is imported."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _sample(loaded: Loaded, inputs: Sequence[str], options: dict[str, Any]) -> Sample | None:

@@ -163,11 +163,16 @@ KINDS: dict[str, type[Sample]] = {"images": ImageSample, "videos": VideoSample, 
 
 
 def sample_for(
-    processor: Any, model: nn.Module, files: Sequence[Path], prompt: str | None, max_new_tokens: int
+    processor: Any,
+    model: nn.Module,
+    files: Sequence[Path],
+    prompt: str | None,
+    max_new_tokens: int,
+    check: bool = True,
 ) -> Sample:
     """Return the sample of some files that suits a processor; without files, of what ships with profkit.
 
-    Raises InputError for files that the model cannot take, or that cannot be read.
+    Raises InputError for files that the model cannot take and, with `check`, for those that cannot be read.
     """
     media = getattr(processor, "media", "images" if hasattr(processor, "image_processor") else "")
     if files and not media:
@@ -181,7 +186,8 @@ def sample_for(
     paths = list(files) or ([default_file(media)] if media else [])
     question = DEFAULT_PROMPT.format(WORDS[media or "images"]) if prompt is None else prompt
     sample = KINDS[media or "images"](paths, question, processor, model, max_new_tokens)
-    sample.load()
+    if check:
+        sample.load()
     return sample
 
 

@@ -17,18 +17,21 @@ FLOORS = {
         *("ledger", "events", "annotate", "anatomy", "trail", "wrapping", "clock", "environment", "processors"),
         *("event_streams", "videos", "eventgpt", "options"),
     },
-    3: {"spans", "pieces", "nesting", "plan", "structure", "stacks", "language", "models", "samples", "validation"},
+    3: {
+        *("spans", "pieces", "nesting", "plan", "structure", "stacks", "language", "models", "samples", "validation"),
+        *("sample_lists", "command"),
+    },
     4: {"attribution", "chrome", "phases", "probes", "roles"},
     5: {"foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"},
     6: {"device_tables", "trust", "dummies"},
     7: {"run", "inspection", "capabilities", "explanation"},
-    8: {"analysis", "text", "capture"},
-    9: {"trace_text"},
+    8: {"analysis", "text", "capture", "sample_runs"},
+    9: {"trace_text", "sample_text", "sampling"},
     10: {"cli"},
 }
 WITH_TORCH = {
     *("clock", "environment", "wrapping", "processors", "models", "samples", "plan", "probes", "kineto"),
-    *("probing", "dummies", "inspection", "capabilities", "capture", "eventgpt"),
+    *("probing", "dummies", "inspection", "capabilities", "capture", "eventgpt", "sampling"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))

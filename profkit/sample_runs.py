@@ -1,0 +1,137 @@
+"""A run over many samples, as a directory that grows row by row and can be read at any time."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from profkit import stages, stats
+from profkit.errors import InputError
+from profkit.run import plain
+
+ROWS, MANIFEST, SCHEMA = "samples.jsonl", "run.json", 1
+KIND = "samples"
+MS = 1e6
+LATENCIES = ("ttft_ms", "tpot_ms", "itl_p50_ms", "tokens_per_s", "prefill_tokens_per_s")
+
+
+@dataclass(repr=False)
+class SampleRun:
+    """Measurements over many samples, one pass each.
+
+    `rows` has a row a sample: id, error ("" if none), cached (whether its files were in the page cache, None if
+    unknown),
+    total_ns, ns by stage as `stage:<name>`, ms by part of preprocessing as `part:<name>`, latency figures, tokens.
+    """
+
+    manifest: dict[str, Any]
+    rows: pd.DataFrame
+    path: Path
+
+    def __repr__(self) -> str:
+        return f"<SampleRun of {self.manifest.get('model')}: {len(self.good)} samples, {len(self.bad)} in error>"
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], partial: bool = False) -> SampleRun:
+        """Read a run; with `partial`, also one of which no row was written yet. Raises InputError if it is none."""
+        folder = Path(path)
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{folder} is not a run directory: it has no readable {MANIFEST}.") from error
+        except ValueError as error:
+            raise InputError(f"{folder / MANIFEST} is damaged: {error}.") from error
+        if manifest.get("kind") != KIND:
+            raise InputError(f"{folder} is a run of one sample, not of many.")
+        rows = load_rows(folder)
+        if not len(rows) and not partial:
+            raise InputError(f"{folder} holds no sample that was measured.")
+        return cls(manifest, rows, folder)
+
+    @property
+    def good(self) -> pd.DataFrame:
+        """The rows of samples that were measured."""
+        return self.rows[self.rows["error"] == ""]
+
+    @property
+    def bad(self) -> pd.DataFrame:
+        """The rows of samples that could not be."""
+        return self.rows[self.rows["error"] != ""]
+
+    @cached_property
+    def by_stage(self) -> pd.DataFrame:
+        """A row a good sample, a column a stage in its order: host time in ms, 0 where a stage did not occur."""
+        names = [name for name in stages.NAMES if f"stage:{name}" in self.good]
+        return self.good[[f"stage:{name}" for name in names]].fillna(0).set_axis(names, axis=1) / MS
+
+    def breakdown(self) -> pd.DataFrame:
+        """Return a row a stage: classic_stage, mean_ms, median_ms, p10_ms, p90_ms, share; means sum to the mean
+        total."""
+        each = self.by_stage
+        total = float(each.sum(axis=1).mean()) if len(each) else float("nan")
+        rows = {
+            name: {
+                "classic_stage": stages.BY_NAME[name].group.number,
+                "mean_ms": float(each[name].mean()),
+                "median_ms": stats.median(each[name].to_numpy()),
+                "p10_ms": stats.percentile(each[name].to_numpy(), 10),
+                "p90_ms": stats.percentile(each[name].to_numpy(), 90),
+                "share": float(each[name].mean()) / total,
+            }
+            for name in each.columns
+        }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("stage")
+
+    def parts(self) -> pd.DataFrame:
+        """Return what preprocessing consists of: index part, columns mean_ms, median_ms."""
+        columns = [str(name) for name in self.good if str(name).startswith("part:")]
+        values = self.good[columns].fillna(0).set_axis([name.removeprefix("part:") for name in columns], axis=1)
+        return pd.DataFrame({"mean_ms": values.mean(), "median_ms": values.median()}).rename_axis("part")
+
+    def latency(self) -> dict[str, float]:
+        """Return the median of each latency figure over samples, and of the tokens."""
+        names = ("prompt_tokens", "new_tokens", *LATENCIES)
+        return {name: stats.median(self.good[name].dropna().to_numpy()) for name in names if name in self.good}
+
+
+def load_rows(folder: Path) -> pd.DataFrame:
+    """Return the rows of a directory, the last one of each id; half a line at the end, as a crash leaves it, is left
+    out."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("samples*.jsonl")):
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                found[row["id"]] = _flat(row)
+    return pd.DataFrame(found.values()) if found else pd.DataFrame({"id": [], "error": []})
+
+
+def drop_half_line(folder: Path) -> None:
+    """Cut off what a crash left of a line, so that the next row begins on one of its own."""
+    path = folder / ROWS
+    if path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    stage = {f"stage:{name}": value for name, value in row.pop("stages_ns", {}).items()}
+    part = {f"part:{name}": value for name, value in row.pop("parts_ms", {}).items()}
+    return {**row, **stage, **part}
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write run.json in one step."""
+    text = json.dumps(plain({"schema": SCHEMA, "kind": KIND, **manifest}), indent=1, ensure_ascii=False)
+    fresh = folder / f".{MANIFEST}.new"
+    fresh.write_text(text + "\n", encoding="utf-8")
+    fresh.replace(folder / MANIFEST)

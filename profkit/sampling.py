@@ -1,0 +1,175 @@
+"""Many samples, one after the other: a row each, appended as it comes, so that nothing measured is ever lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from profkit import capture, environment, samples, tables
+from profkit.errors import InputError, MeasurementError, ProfkitError
+from profkit.plan import Granularity
+from profkit.run import plain
+from profkit.sample_lists import Item
+from profkit.sample_runs import ROWS, SampleRun, drop_half_line, load_rows
+from profkit.sample_runs import write_manifest as write
+from profkit.spans import Spans
+
+Progress = Callable[[int, int, int], None]
+"""Called after each sample with how many are done, how many there are, and how many failed."""
+
+
+@dataclass
+class Plan:
+    """What measure() is to do; see there."""
+
+    max_new_tokens: int
+    prompt: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    warmup: int = 1
+    granularity: Granularity = "layer"
+    seed: int | None = 0
+    fail_fast: bool = False
+    resume: bool = False
+    progress: Progress = lambda done, total, failed: None
+
+
+def measure(
+    model: nn.Module, processor: Any, items: Sequence[Item], out: Path, plan: Plan, manifest: dict[str, Any]
+) -> SampleRun:
+    """Measure generate() once for each sample, and return the run; rows are in `out` as they come.
+
+    A sample that cannot be read or generated from has a row with its error, and the next one follows, unless
+    `fail_fast`.
+    With `resume`, samples that `out` has a good row for are left out. Each sample's own files are read inside the
+    measurement; the first is also run `warmup` times before.
+
+    Raises InputError for an `out` that cannot be used, MeasurementError if fail_fast stopped.
+    """
+    done = _opened(out, plan, manifest)
+    waiting = [item for item in items if item.id not in done]
+    failed = 0
+    with (out / ROWS).open("a", encoding="utf-8") as file:
+        for number, (item, row) in enumerate(
+            zip(waiting, _rows(model, processor, waiting, plan), strict=False), start=1
+        ):
+            file.write(json.dumps(plain(row), ensure_ascii=False) + "\n")
+            # What is flushed survives the process, however it ends.
+            file.flush()
+            failed += row["error"] != ""
+            plan.progress(len(done) + number, len(done) + len(waiting), failed)
+            if row["error"] and plan.fail_fast:
+                raise MeasurementError(f"Sample {item.id}: {row['error']} (stopped, as --fail-fast says).")
+    write(out, {**manifest, "complete": True})
+    return SampleRun.load(out)
+
+
+def _opened(out: Path, plan: Plan, manifest: dict[str, Any]) -> set[str]:
+    """Make the directory, or take one to resume, and return the ids that have a good row."""
+    if out.exists() and not plan.resume:
+        raise InputError(f"{out} already exists: --resume goes on with it, or choose another --out.")
+    if out.exists():
+        earlier = SampleRun.load(out, partial=True).manifest
+        changed = [key for key in ("model", "plan", "dtype", "device") if earlier.get(key) != plain(manifest).get(key)]
+        if changed:
+            raise InputError(f"{out} was measured with another {', '.join(changed)}: choose another --out.")
+        drop_half_line(out)
+        rows = load_rows(out)
+        return set(rows.loc[rows["error"] == "", "id"]) if len(rows) else set()
+    out.mkdir(parents=True)
+    write(out, {**manifest, "complete": False})
+    return set()
+
+
+def _rows(model: nn.Module, processor: Any, items: Sequence[Item], plan: Plan) -> Iterator[dict[str, Any]]:
+    """Yield a row a sample."""
+    tracing: capture.Tracing | None = None
+    for item in items:
+        begin = time.perf_counter()
+        row: dict[str, Any] = {"id": item.id, "error": item.error, "cached": _cached(item.files)}
+        if not item.error:
+            with _errors_in(row):
+                prompt = plan.prompt or item.prompt
+                sample = samples.sample_for(processor, model, item.files, prompt, plan.max_new_tokens, check=False)
+                tracing = tracing or _warm(model, sample, plan)
+                row |= _measured(tracing, sample)
+        row["wall_ms"] = (time.perf_counter() - begin) * 1000
+        yield row
+
+
+@contextmanager
+def _errors_in(row: dict[str, Any]) -> Iterator[None]:
+    """Note what the body raises in a row; other samples may be better."""
+    try:
+        yield
+    except ProfkitError as error:
+        row["error"] = str(error)
+
+
+def _warm(model: nn.Module, sample: samples.Sample, plan: Plan) -> capture.Tracing:
+    """Find the model's parts and run the first sample before it counts."""
+    passes = capture.Plan(warmup=0, repeat=1, granularity=plan.granularity, profile=False, seed=plan.seed)
+    tracing = capture.Tracing(model, sample, plan.options, None, None, passes)
+    tracing.find_parts()
+    for _ in range(plan.warmup):
+        tracing.control()
+    return tracing
+
+
+def _measured(tracing: capture.Tracing, sample: samples.Sample) -> dict[str, Any]:
+    """Run one sample and return its figures; nothing of it stays behind."""
+    tracing.sample, tracing.calls, tracing.faults = sample, [], []
+    for kept in tracing.tokens.values():
+        kept.clear()
+    spans = tracing.clean().spans
+    assert spans is not None
+    spans.check()
+    return {**_figures(spans, capture.call_dict(tracing.calls[0])), "notes": tracing.faults}
+
+
+def _figures(spans: Spans, call: dict[str, int | None]) -> dict[str, Any]:
+    """Return a sample's figures: ns by stage and by part of preprocessing, latency, tokens."""
+    stages = tables.stage_table(spans)["host_ns"]
+    modules = tables.module_table(spans)
+    parts = modules[modules["path"].str.startswith("preprocess().")]
+    found = tables.latency(spans, call["batch"] or 1, call["new_tokens"])
+    return {
+        "stages_ns": {str(name): int(value) for name, value in stages.items()},
+        "parts_ms": dict(zip(parts["path"].str.partition(".")[2], parts["total_ms"], strict=True)),
+        "total_ns": int(stages.sum()),
+        **asdict(found),
+    }
+
+
+def _cached(files: Sequence[Path]) -> bool | None:
+    """Tell whether files lie in the page cache, which makes their load warm; None where the system does not say."""
+    if not files or not hasattr(os, "RWF_NOWAIT"):
+        return None
+    try:
+        return all(_in_page_cache(path) for path in files)
+    except OSError:
+        return None
+
+
+def _in_page_cache(path: Path) -> bool:
+    """Tell whether some places of a file can be read without waiting for the disk."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        places = range(0, max(size, 1), max(size // 8, 1))
+        try:
+            return all(os.preadv(file.fileno(), [bytearray(1)], place, os.RWF_NOWAIT) or not size for place in places)
+        except BlockingIOError:
+            return False
+
+
+def describe(model: nn.Module, plan: Plan, about: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of a run over samples."""
+    told = {key: value for key, value in vars(plan).items() if key not in ("progress", "resume", "fail_fast")}
+    return {**environment.describe(model), **about, "plan": told, "started_unix_ms": int(time.time() * 1000)}
