@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from profkit.environment import device_of, preserved_random_state, random_state,
 from profkit.errors import InputError, MeasurementError, ProfkitError
 from profkit.explanation import explain
 from profkit.ledger import Ledger, Marks, Scope, Scopes
-from profkit.plan import GRANULARITIES, Granularity
+from profkit.plan import GRANULARITIES, Granularity, Place, places
 from profkit.probes import Call, Instrument, sequences
 from profkit.run import Pass, Run
 from profkit.spans import Spans
@@ -235,6 +236,11 @@ class Tracing:
         result.manifest["faults"] = self.faults
         return result
 
+    @cached_property
+    def places(self) -> list[Place]:
+        """What to probe; every pass probes the same."""
+        return places(self.model, self.anatomy, self.plan.granularity)
+
     def find_parts(self) -> None:
         """Look for the model's parts with the sample's arguments."""
         kwargs = self._prepared()
@@ -258,7 +264,7 @@ class Tracing:
     def clean(self) -> Pass:
         """generate() with probes and device events alone."""
         ledger = Ledger(self.scopes)
-        instrument = Instrument(self.model, self.anatomy, ledger, self.plan.granularity, self.clock)
+        instrument = Instrument(self.model, self.anatomy, ledger, self.plan.granularity, self.clock, known=self.places)
         elapsed = self._instrumented(ledger, instrument, "clean")
         return Pass("clean", elapsed, Spans(_marks(ledger, self.clock), self.scopes.list))
 

@@ -26,7 +26,17 @@ STAGE_OF_ROLE = {
 FEATURES = re.compile(r"get_(\w+_)?features")
 
 
-def forwards(model: nn.Module, anatomy: Anatomy, granularity: Granularity) -> Iterator[tuple[nn.Module, str, Scope]]:
+Place = tuple[nn.Module, str, Scope]
+"""A method to probe: its object, its name, and the scope that a call of it is."""
+
+
+def places(model: nn.Module, anatomy: Anatomy, granularity: Granularity) -> list[Place]:
+    """Return every method to probe but generate() itself, which is the instrument's entry."""
+    found = [*forwards(model, anatomy, granularity), *methods(model, anatomy)]
+    return [(module, name, scope) for module, name, scope in found if module is not model or name != "generate"]
+
+
+def forwards(model: nn.Module, anatomy: Anatomy, granularity: Granularity) -> Iterator[Place]:
     """Yield (module, name of its forward, scope) for the modules whose forward is probed, each module once.
 
     What is compiled is one scope: probes inside would be traced away, and make torch compile it again.
@@ -85,7 +95,7 @@ def is_compiled(module: nn.Module) -> bool:
     )
 
 
-def methods(model: nn.Module, anatomy: Anatomy) -> Iterator[tuple[nn.Module, str, Scope]]:
+def methods(model: nn.Module, anatomy: Anatomy) -> Iterator[Place]:
     """Yield (module, method name, scope) for the methods to probe, on every module around the parts."""
     modules = dict(model.named_modules())
     for path in dict.fromkeys((*_around(anatomy), "")):

@@ -8,7 +8,7 @@ against 1 % of a dispatch-bound run), and they are skipped on Ctrl-C, where a `f
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from profkit.anatomy import Anatomy
 from profkit.clock import DeviceClock
 from profkit.errors import InputError
 from profkit.ledger import Ledger, Scope
-from profkit.plan import GRANULARITIES, Granularity, forwards, methods
+from profkit.plan import GRANULARITIES, Granularity, Place, places
 from profkit.wrapping import Wrappers
 
 Method = Callable[..., Any]
@@ -67,7 +67,7 @@ class Instrument:
     An error inside the instrument is kept in `ledger.faults`; generate() goes on. On leaving the
     context every probe is removed, whatever happened inside. `clock` adds a device event to every mark.
     `wrap_marker` and `on_iteration` are for the profiled pass: the one goes around the ledger's marker, the
-    other is called as each step begins.
+    other is called as each step begins. `known` are the places to probe, if plan.places() was asked before.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Instrument:
         clock: DeviceClock | None = None,
         wrap_marker: MarkerWrapper | None = None,
         on_iteration: Callable[[int], None] | None = None,
+        known: Sequence[Place] | None = None,
     ) -> None:
         if granularity not in GRANULARITIES:
             raise InputError(f"Unknown granularity {granularity!r}: choose one of {', '.join(GRANULARITIES)}.")
@@ -91,6 +92,7 @@ class Instrument:
         marker = ledger.marker(clock.record if clock else None)
         self._mark = wrap_marker(marker) if wrap_marker else marker
         self._on_iteration = on_iteration
+        self._places = known
         self._passes = self._iterations = 0
         self._entry, self._parts = Wrappers(), Wrappers()
 
@@ -113,6 +115,7 @@ class Instrument:
         """Probe the parts of another anatomy from now on; the probe of generate() itself stays where it is."""
         self._parts.remove()
         self.anatomy = anatomy
+        self._places = None
         self._attach_parts()
 
     def remove(self) -> None:
@@ -122,11 +125,9 @@ class Instrument:
 
     def _attach_parts(self) -> None:
         self._parts = Wrappers()
-        for module, name, scope in forwards(self._model, self.anatomy, self._granularity):
+        wanted = places(self._model, self.anatomy, self._granularity) if self._places is None else self._places
+        for module, name, scope in wanted:
             self._attach(self._parts, module, name, scope)
-        for module, name, scope in methods(self._model, self.anatomy):
-            if module is not self._model or name != "generate":
-                self._attach(self._parts, module, name, scope)
         self._parts.active = True
 
     def _attach(self, wrappers: Wrappers, module: nn.Module, name: str, scope: Scope) -> None:

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
-from profkit import capture, environment, samples, tables
+from profkit import capture, environment, samples, stages, tables
 from profkit.errors import InputError, MeasurementError, ProfkitError
 from profkit.plan import Granularity
 from profkit.run import plain
@@ -22,6 +23,7 @@ from profkit.sample_runs import ROWS, SampleRun, drop_half_line, load_rows
 from profkit.sample_runs import write_manifest as write
 from profkit.spans import Spans
 
+PARTS = "preprocess()."
 Progress = Callable[[int, int, int], None]
 """Called after each sample with how many are done, how many there are, and how many failed."""
 
@@ -136,14 +138,18 @@ def _measured(tracing: capture.Tracing, sample: samples.Sample) -> dict[str, Any
 
 def _figures(spans: Spans, call: dict[str, int | None]) -> dict[str, Any]:
     """Return a sample's figures: ns by stage and by part of preprocessing, latency, tokens."""
-    stages = tables.stage_table(spans)["host_ns"]
-    modules = tables.module_table(spans)
-    parts = modules[modules["path"].str.startswith("preprocess().")]
+    by_stage = tables.stage_ns(spans)
+    occurring = {stages.NAMES[one]: int(by_stage[one]) for one in np.flatnonzero(by_stage).tolist()}
+    begins = [scope.path.startswith(PARTS) for scope in spans.scopes]
+    rows = np.flatnonzero(np.array(begins, dtype=bool)[spans.scope])
     found = tables.latency(spans, call["batch"] or 1, call["new_tokens"])
     return {
-        "stages_ns": {str(name): int(value) for name, value in stages.items()},
-        "parts_ms": dict(zip(parts["path"].str.partition(".")[2], parts["total_ms"], strict=True)),
-        "total_ns": int(stages.sum()),
+        "stages_ns": occurring,
+        "parts_ms": {
+            spans.scopes[spans.scope[row]].path.removeprefix(PARTS): int(spans.total_ns[row]) / 1e6
+            for row in rows.tolist()
+        },
+        "total_ns": int(by_stage.sum()),
         **asdict(found),
     }
 

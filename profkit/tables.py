@@ -25,8 +25,7 @@ def stage_table(spans: Spans, segments: np.ndarray | None = None) -> pd.DataFram
     counted = spans.stage >= 0
     rows = counted if segments is None else counted & segments
     stage, size = spans.stage[rows], len(stages.STAGES)
-    host_ns = np.zeros(size, dtype=np.int64)
-    np.add.at(host_ns, stage, spans.host_ns[rows])
+    host_ns = stage_ns(spans, rows)
     total = max(int(host_ns.sum()), 1)
     table = pd.DataFrame(
         {
@@ -40,6 +39,14 @@ def stage_table(spans: Spans, segments: np.ndarray | None = None) -> pd.DataFram
         index=pd.Index(stages.NAMES, name="stage"),
     )
     return table[host_ns > 0]
+
+
+def stage_ns(spans: Spans, segments: np.ndarray | None = None) -> np.ndarray:
+    """Return host time by stage, one number for each of stages.STAGES; of the segments in a mask, if given."""
+    rows = spans.stage >= 0 if segments is None else segments & (spans.stage >= 0)
+    sums = np.zeros(len(stages.STAGES), dtype=np.int64)
+    np.add.at(sums, spans.stage[rows], spans.host_ns[rows])
+    return sums
 
 
 def _device_ms(spans: Spans, rows: np.ndarray, group: np.ndarray, size: int) -> np.ndarray:
@@ -198,8 +205,8 @@ def latency(spans: Spans, batch: int = 1, new_tokens: int | None = None, gaps_ms
     ttft_ns = int(token_ns[0]) - begin_ns
     gaps_ms = np.diff(token_ns) / MS if gaps_ms is None else gaps_ms
     decoding_ns = end_ns - int(token_ns[0])
-    table = stage_table(spans, np.isin(spans.step, np.flatnonzero(of_first)))
-    prefill_ms = float(table["host_ms"].get("prefill", nan))
+    by_stage = stage_ns(spans, np.isin(spans.step, np.flatnonzero(of_first)))
+    prefill_ms = int(by_stage[stages.INDEX["prefill"]]) / MS
     prompt = int(np.maximum(steps.tokens[prefill], 0).sum())
     return Latency(
         new_tokens=count,

@@ -127,12 +127,10 @@ def test_a_failure_while_attaching_takes_off_what_was_on(llava, monkeypatch):
     model, _ = llava
     before = instance_state(model)
 
-    def broken(model, anatomy):
-        raise RuntimeError("methods")
-        yield
-
-    monkeypatch.setattr(probes, "methods", broken)
-    with pytest.raises(RuntimeError, match="methods"), profkit.profile(model):
+    found = probes.places(model, profkit.inspect(model), "layer")
+    broken = (*found, (model, "no_such_method", found[0][2]))
+    monkeypatch.setattr(probes, "places", lambda *_: broken)
+    with pytest.raises(AttributeError, match="no_such_method"), profkit.profile(model):
         pass
     assert instance_state(model) == before
 
