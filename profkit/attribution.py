@@ -99,18 +99,38 @@ class Owners:
 def launches(events: Events) -> np.ndarray:
     """Return for each device event the row of the runtime call that launched it, NOTHING for other events.
 
-    By correlation alone. Where a runtime and a driver call share a number, the earlier one is the outer one.
+    By correlation alone. Where several calls have one number (files put together from several), it is the last one
+    before the event; of a driver's call inside that of the runtime, the outer one.
     """
     calls = np.flatnonzero((events.kind == Kind.RUNTIME) & (events.correlation > 0))
     calls = calls[np.lexsort((events.start_ns[calls], events.correlation[calls]))]
     result = np.full(len(events), NOTHING)
     rows = np.flatnonzero(events.is_kind(*DEVICE, Kind.SYNC) & (events.correlation > 0))
     known = events.correlation[calls]
-    at = np.searchsorted(known, events.correlation[rows])
-    found = at < len(calls)
-    found[found] = known[at[found]] == events.correlation[rows[found]]
-    result[rows[found]] = calls[at[found]]
+    first = np.searchsorted(known, events.correlation[rows])
+    after = np.searchsorted(known, events.correlation[rows], side="right")
+    found = after > first
+    rows, at, after = rows[found], first[found], after[found]
+    several = np.flatnonzero(after - at > 1)
+    at[several] = _last_before(events, calls, rows[several], at[several], after[several])
+    result[rows] = calls[at]
     return result
+
+
+def _last_before(
+    events: Events, calls: np.ndarray, rows: np.ndarray, first: np.ndarray, after: np.ndarray
+) -> np.ndarray:
+    """Return, of the calls first..after-1 of each row, the last to begin before it, or the one around that."""
+    at = first.copy()
+    start, end, thread = events.start_ns, events.end_ns, events.thread
+    for number in range(1, int((after - first).max(initial=1))):
+        # Few calls share a number, so this runs once or twice, over all rows at a time.
+        there = np.minimum(first + number, after - 1)
+        one, other = calls[at], calls[there]
+        later = (start[other] <= start[rows]) & (there > at)
+        inside = (thread[one] == thread[other]) & (start[other] < end[one])
+        at = np.where(later & ~inside, there, at)
+    return at
 
 
 def is_graph_launch(events: Events) -> np.ndarray:

@@ -171,11 +171,12 @@ def _first(one: Any, other: Any) -> Any:
 
 
 def _number(value: Any) -> int:
-    """Return a correlation that was written as text or as a float, NOTHING for what is no number."""
+    """Return a correlation that was written as text or as a float, NOTHING for what is no number of 64 bits."""
     try:
-        return int(value)
+        number = int(value)
     except (TypeError, ValueError, OverflowError):
         return NOTHING
+    return number if abs(number) < 1 << 63 else NOTHING
 
 
 @dataclass
@@ -248,7 +249,7 @@ class _Columns:
             launched[linked[tells]] = [self.names[one] for one in compress(kernels, tells.tolist())]
         try:
             correlation[linked] = np.fromiter(map(attrgetter("correlation"), args), np.int64, len(args))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             correlation[linked] = np.fromiter(map(_number, map(attrgetter("correlation"), args)), np.int64, len(args))
         running = list(compress(found, on_device.tolist()))
         args = list(compress(args, on_device[linked].tolist()))

@@ -67,11 +67,8 @@ def _before(lane: np.ndarray, start: np.ndarray, chosen: np.ndarray, rows: np.nd
 def captured_graphs(capture: Capture) -> list[Captured]:
     """Return the graphs that a trace captured."""
     rows, graph = in_capture(capture.events)
-    result = []
-    for number in np.unique(graph):
-        mine = rows[graph == number]
-        result.append(Captured(capture, mine, _launched_names(capture.events, mine)))
-    return result
+    each = [rows[graph == number] for number in np.unique(graph)]
+    return [Captured(capture, mine, _launched_names(capture.events, mine)) for mine in each]
 
 
 def _launched_names(events: Events, rows: np.ndarray) -> tuple[str, ...]:
@@ -84,39 +81,50 @@ def _launched_names(events: Events, rows: np.ndarray) -> tuple[str, ...]:
 
 def explained(events: Events, owners: Owners, captures: Sequence[Capture]) -> tuple[Owners, list[str]]:
     """Return owners in which replayed kernels have the scopes and operators that captures prove, and a note a graph."""
+    replays = _replays(events, owners)
+    if not replays:
+        return owners, []
     graphs = [graph for capture in captures for graph in captured_graphs(capture)]
-    notes: dict[str, None] = {}
-    for call in np.flatnonzero(is_graph_launch(events)):
-        rows = np.flatnonzero((owners.launch == call) & events.is_kind(*DEVICE))
-        rows = rows[np.argsort(events.start_ns[rows], kind="stable")]
-        if not len(rows):
-            continue
-        matching = [graph for graph in graphs if graph.names == _replayed_names(events, rows)]
-        if matching:
-            owners = _taken_over(owners, rows, matching[0])
-            notes[f"a graph of {len(rows)} kernels: names and order equal those of its capture"] = None
+    sizes = sorted({len(graph.rows) for graph in graphs if all(graph.names)})
+    known = f"those with names have {', '.join(map(str, sizes))} launches" if sizes else "none names its launches"
+    notes = []
+    for names, each in replays.items():
+        matching = next((graph for graph in graphs if graph.names == names), None)
+        times = f", replayed {len(each)} times" if len(each) > 1 else ""
+        if matching is not None:
+            owners = _taken_over(owners, np.concatenate(each), len(each), matching)
+            notes.append(f"a graph of {len(names)} kernels{times}: names and order equal those of its capture")
         else:
-            sizes = sorted({len(graph.rows) for graph in graphs if all(graph.names)})
-            known = (
-                f"those with names have {', '.join(map(str, sizes))} launches" if sizes else "none names its launches"
-            )
-            notes[f"a graph of {len(rows)} kernels: not split, no capture proves it ({len(graphs)} seen; {known})"] = (
-                None
-            )
-    return owners, list(notes)
+            said = f"not split, no capture proves it ({len(graphs)} seen; {known})"
+            notes.append(f"a graph of {len(names)} kernels{times}: {said}")
+    return owners, notes
 
 
-def _replayed_names(events: Events, rows: np.ndarray) -> tuple[str, ...]:
-    kinds = {int(Kind.MEMCPY): "memcpy", int(Kind.MEMSET): "memset"}
-    pairs = zip(events.name[rows].tolist(), events.kind[rows].tolist(), strict=True)
-    return tuple(kinds.get(kind, events.names[name]) for name, kind in pairs)
+def _replays(events: Events, owners: Owners) -> dict[tuple[str, ...], list[np.ndarray]]:
+    """Return the rows of every replay, in order of start, by its kernels' names; copies and sets by their kind."""
+    device = events.is_kind(*DEVICE)
+    rows = np.flatnonzero(device & np.append(is_graph_launch(events), False)[owners.launch])
+    if not len(rows):
+        return {}
+    rows = rows[np.lexsort((events.start_ns[rows], owners.launch[rows]))]
+    kind, names = events.kind[rows], [*events.names, "memcpy", "memset"]
+    name = np.where(
+        kind == Kind.MEMCPY, len(names) - 2, np.where(kind == Kind.MEMSET, len(names) - 1, events.name[rows])
+    )
+    edges = np.flatnonzero(np.diff(owners.launch[rows])) + 1
+    alike: dict[bytes, list[np.ndarray]] = {}
+    for mine, named in zip(np.split(rows, edges), np.split(name, edges), strict=True):
+        alike.setdefault(named.astype(np.int64).tobytes(), []).append(mine)
+    # Names become text once for each graph, not for each replay.
+    return {tuple(names[one] for one in np.frombuffer(key, np.int64).tolist()): each for key, each in alike.items()}
 
 
-def _taken_over(owners: Owners, rows: np.ndarray, graph: Captured) -> Owners:
-    """Return owners in which the kernels in `rows` have the scope and operator of the launches in `graph`."""
+def _taken_over(owners: Owners, rows: np.ndarray, times: int, graph: Captured) -> Owners:
+    """Return owners in which kernels, so many replays of a graph, have its launches' scopes and operators."""
     capture, then = graph.capture, graph.capture.owners
     base = len(owners.scopes.paths)
-    used, which = np.unique(then.scope[graph.rows], return_inverse=True)
+    launches = np.tile(graph.rows, times)
+    used, which = np.unique(then.scope[launches], return_inverse=True)
     paths = [then.scopes.paths[one] if one >= 0 else "" for one in used.tolist()]
     levels = np.append(then.scopes.levels, NOTHING)[used]
     scope, why = owners.scope.copy(), owners.why.copy()
@@ -125,7 +133,7 @@ def _taken_over(owners: Owners, rows: np.ndarray, graph: Captured) -> Owners:
     why[rows[told]] = Why.CAPTURED
     position = np.full(len(capture.events), NOTHING)
     position[capture.forest.rows] = np.arange(len(capture.forest))
-    nearest = capture.forest.nearest(capture.events.kind[capture.forest.rows] == Kind.OPERATOR)[position[graph.rows]]
+    nearest = capture.forest.nearest(capture.events.kind[capture.forest.rows] == Kind.OPERATOR)[position[launches]]
     has_operator = nearest >= 0
     names = capture.events.name[capture.forest.rows[nearest[has_operator]]].tolist()
     return replace(

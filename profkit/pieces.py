@@ -47,8 +47,8 @@ class Event(msgspec.Struct, gc=False):
     cat: str = ""
     ts: float = 0.0
     dur: float = 0.0
-    pid: int | str | None = None
-    tid: int | str | None = None
+    pid: int | float | str | None = None
+    tid: int | float | str | None = None
     args: Args | None = None
 
 

@@ -93,7 +93,7 @@ def test_only_names_in_order_prove_what_a_replayed_kernel_belongs_to(tmp_path, c
     if proven:
         assert kernels.groupby("path")["count"].sum().to_dict() == {"Layer_0": 2, "Layer_1": 2, "Layer_2": 2}
         assert set(kernels["operator"]) == {"aten::mm"}
-        assert found.graphs == ["a graph of 3 kernels: names and order equal those of its capture"]
+        assert found.graphs == ["a graph of 3 kernels, replayed 2 times: names and order equal those of its capture"]
     else:
         assert set(kernels["path"]) == {""}
         assert "not split" in found.graphs[0]

@@ -177,6 +177,25 @@ def test_of_a_runtime_and_a_driver_call_with_one_number_the_outer_one_launches()
     assert [events.names[events.name[row]] for row in launch[launch >= 0]] == ["cudaLaunchKernel"]
 
 
+def test_of_files_put_together_each_kernel_has_the_launch_before_it():
+    """Correlations begin anew in every file: the same number stands for two launches."""
+    made = HandMade()
+    for begin, name in ((0, "aten::mm"), (1000, "aten::add")):
+        made.host(name, begin, 50)
+        made.correlation = 0
+        made.kernel(made.launch(begin + 10), begin + 30, 5)
+    table = kernel_table(*_parts(attributed(made)))
+    assert sorted(table["operator"]) == ["aten::add", "aten::mm"]
+
+
+def test_numbers_that_fit_nowhere_are_no_correlations():
+    made = HandMade()
+    made.host("cudaLaunchKernel", 10, 2, "cuda_runtime", correlation=1 << 70)
+    made.kernel(1 << 70, 30, 5)
+    made.events[0]["pid"] = 4000.5
+    assert chrome.parse(made.text()).events.correlation.tolist() == [-1, -1]
+
+
 def test_correlation_zero_ties_nothing():
     made = HandMade()
     made.host("cudaLaunchKernel", 10, 2, "cuda_runtime", correlation=0)
