@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,43 @@ def trace_files(path: Path) -> list[Path]:
     if not found:
         raise InputError(f"{path} holds no traces: no .json or .json.gz file in it has a list traceEvents.")
     return found
+
+
+def analyze_all(
+    paths: Sequence[Path], captures: Sequence[Path] = (), progress: Callable[[str], object] = str
+) -> tuple[list[Analysis], dict[str, str]]:
+    """Return the analyses of all files and directories, and a sentence for each that there is none of.
+
+    `captures` are traces of passes that captured device graphs. Raises InputError if one of those cannot be read.
+    """
+    explained = [attributed(one) for path in captures for one in trace_files(path)]
+    found: list[Analysis] = []
+    failed: dict[str, str] = {}
+    for path in paths:
+        for file in _files(path, failed):
+            progress(f"reading {file}")
+            _add(file, explained, path.is_dir(), found, failed)
+    return found, failed
+
+
+def _files(path: Path, failed: dict[str, str]) -> list[Path]:
+    try:
+        return trace_files(path)
+    except InputError as error:
+        failed[str(path)] = str(error)
+        return []
+
+
+def _add(
+    file: Path, captures: Sequence[Attributed], directory: bool, found: list[Analysis], failed: dict[str, str]
+) -> None:
+    try:
+        one = analyze(file, captures)
+        check_ranks(found, one, directory)
+    except InputError as error:
+        failed[str(file)] = str(error)
+    else:
+        found.append(one)
 
 
 def check_ranks(done: Iterable[Analysis], new: Analysis, directory: bool) -> None:

@@ -180,7 +180,9 @@ def analyze(files: tuple[Path, ...], captures: tuple[Path, ...], as_json: bool, 
         if target.exists():
             raise InputError(f"{target} already exists: choose another directory.")
     with Console(stderr=True).status("reading") as status:
-        found, failed = _analyses(files, captures, options["validate"], status.update)
+        found, failed = analysis.analyze_all(files, captures, status.update)
+        for one in found:
+            one.validated = _validated(one, options["validate"])
     between = analysis.rank_table(found)
     if as_json:
         click.echo(json.dumps(trace_text.all_as_dict(found, between, failed), indent=1, allow_nan=False))
@@ -202,32 +204,35 @@ def analyze(files: tuple[Path, ...], captures: tuple[Path, ...], as_json: bool, 
         click.get_current_context().exit(InputError.exit_status)
 
 
-def _analyses(
-    paths: Sequence[Path], captures: Sequence[Path], validate: bool | None, progress: Any
-) -> tuple[list[Any], dict[str, str]]:
-    """Return the analyses of all files, and a sentence for each that there is none of."""
-    from profkit import analysis
+@cli.command(cls=Command, name="compare")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN RUN...")
+@click.option("--fail-if", "conditions", multiple=True, metavar="COND", help="e.g. 'prefill > 5%': exit status 1 then.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def compare_command(paths: tuple[Path, ...], conditions: tuple[str, ...], as_json: bool, debug: bool) -> None:
+    """Show runs side by side: stages with intervals, ratios, equal work, and in what the runs are not alike.
 
-    explained = [analysis.attributed(one) for path in captures for one in analysis.trace_files(path)]
-    found: list[analysis.Analysis] = []
-    failed: dict[str, str] = {}
-    for path in paths:
-        try:
-            files = analysis.trace_files(path)
-        except InputError as error:
-            failed[str(path)] = str(error)
-            continue
-        for file in files:
-            progress(f"reading {file}")
-            try:
-                one = analysis.analyze(file, explained)
-                analysis.check_ranks(found, one, directory=path.is_dir())
-            except InputError as error:
-                failed[str(file)] = str(error)
-                continue
-            one.validated = _validated(one, validate)
-            found.append(one)
-    return found, failed
+    The others are compared with the first. Runs of one sample bring their repeats, runs of many samples their samples,
+    in pairs where they are the same. --fail-if makes it a gate: it fails where a stage is slower than allowed, beyond
+    the noise.
+
+    Example: profkit compare traces/before traces/after --fail-if 'prefill > 5%'
+    """
+    from profkit import comparison, comparison_text
+
+    if len(paths) < 2:
+        raise InputError("compare takes two runs or more.")
+    base, *others = (comparison.load(path) for path in paths)
+    if as_json:
+        click.echo(json.dumps(comparison_text.as_dict(base, others), indent=1, allow_nan=False))
+    else:
+        console = Console(highlight=False)
+        for part in comparison_text.report(base, others):
+            console.print(part)
+    tables = [comparison.compare(base, other) for other in others]
+    failed = [said for table in tables for condition in conditions if (said := comparison.gate(condition, table))]
+    if failed:
+        raise MeasurementError(f"{'; '.join(failed)}.")
 
 
 def _validated(one: Any, validate: bool | None) -> str:

@@ -74,8 +74,11 @@ class Sample:
         return {name: moved(value) for name, value in batch.items()}
 
     def hashes(self) -> dict[str, str]:
-        """Return the SHA-256 of each file and of the prompt."""
-        files = {f"file:{path}": hashlib.sha256(path.read_bytes()).hexdigest() for path in self.paths}
+        """Return the SHA-256 of each file, by its number and name, and of the prompt."""
+        files = {
+            f"file {number}: {path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
+            for number, path in enumerate(self.paths, start=1)
+        }
         return {**files, "prompt": hashlib.sha256(self.prompt.encode()).hexdigest()}
 
     def check_room(self, prompt_tokens: int) -> None:

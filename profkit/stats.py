@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,3 +26,45 @@ def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
 def median_index(values: Sequence[float]) -> int:
     """Return the position of the (lower) median value: a real run that stands for all of them."""
     return int(np.argsort(np.asarray(values), kind="stable")[(len(values) - 1) // 2])
+
+
+RESAMPLES, CONFIDENCE = 2000, 0.95
+
+
+def median_interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the median; NaN of fewer than three values."""
+    return _interval((values,), lambda a, axis: np.median(a, axis=axis), paired=False)
+
+
+def median_ratio(base: np.ndarray, other: np.ndarray, paired: bool) -> float:
+    """Return other over base: the median of the pairs' ratios, or the ratio of the medians."""
+    if not len(base) or not len(other):
+        return float("nan")
+    return median(other / base) if paired else median(other) / median(base)
+
+
+def ratio_interval(base: np.ndarray, other: np.ndarray, paired: bool) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of median_ratio(); NaN of fewer than three values on either side."""
+    if paired:
+        return median_interval(other / base) if len(base) else (float("nan"), float("nan"))
+    return _interval((base, other), lambda a, b, axis: np.median(b, axis=axis) / np.median(a, axis=axis), paired=False)
+
+
+def _interval(samples: tuple[np.ndarray, ...], statistic: Callable[..., Any], paired: bool) -> tuple[float, float]:
+    """Return a percentile bootstrap interval (scipy.stats.bootstrap), with a seed of its own so that it can be
+    repeated."""
+    if min(map(len, samples)) < 3:
+        return float("nan"), float("nan")
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        samples,
+        statistic,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        paired=paired,
+        method="percentile",
+        vectorized=True,
+        rng=np.random.default_rng(0),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)

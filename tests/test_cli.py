@@ -81,7 +81,7 @@ def test_images_and_prompts_of_the_users_own(tmp_path):
     status, out, _ = invoke("trace", "--model", "tiny-llava", "red.png", "--prompt", "Which colour?", *QUICK, "--json")
     assert status == 0
     manifest = json.loads((tmp_path / json.loads(out)["path"] / "run.json").read_text())
-    assert set(manifest["inputs"]) == {"file:red.png", "prompt"}
+    assert set(manifest["inputs"]) == {"file 1: red.png", "prompt"}
 
 
 def test_a_checkpoint_directory(tmp_path):

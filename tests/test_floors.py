@@ -26,8 +26,9 @@ FLOORS = {
     6: {"device_tables", "trust", "dummies"},
     7: {"run", "inspection", "capabilities", "explanation"},
     8: {"analysis", "text", "capture", "sample_runs"},
-    9: {"trace_text", "sample_text", "sampling"},
-    10: {"cli"},
+    9: {"trace_text", "sample_text", "sampling", "comparison"},
+    10: {"comparison_text"},
+    11: {"cli"},
 }
 WITH_TORCH = {
     *("clock", "environment", "wrapping", "processors", "models", "samples", "plan", "probes", "kineto"),

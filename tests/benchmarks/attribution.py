@@ -171,7 +171,7 @@ def with_hta(path: Path) -> Any:
 
     logging.disable(logging.CRITICAL)
     warnings.filterwarnings("ignore")
-    from hta.trace_analysis import TraceAnalysis  # type: ignore[import-not-found,unused-ignore]
+    from hta.trace_analysis import TraceAnalysis
 
     def work() -> Any:
         loaded = TraceAnalysis(trace_files={0: str(path)}, trace_dir=str(path.parent))

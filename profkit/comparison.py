@@ -1,0 +1,235 @@
+"""Runs side by side: stages with intervals, ratios, equal work, and what makes two runs unlike."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from profkit import run as runs
+from profkit import stages, stats, tables
+from profkit.errors import InputError
+from profkit.sample_runs import KIND, MANIFEST, SampleRun
+
+TOTAL, OUTPUT_LENGTH = "total", "a new token"
+GATE = re.compile(r"\s*([\w ]+?)\s*>\s*(\d+(?:\.\d+)?)\s*%\s*")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run measured, one row a sample or repeat: host time in ms by stage, and the work it was for.
+
+    `work` has columns prompt_tokens, new_tokens and batch; `ids` tell samples apart, None for repeats.
+    """
+
+    name: str
+    about: dict[str, Any]
+    times: pd.DataFrame
+    work: pd.DataFrame
+    ids: list[str] | None
+
+
+def load(path: str | os.PathLike[str]) -> Measured:
+    """Return what a run directory holds, whether of one sample or of many. Raises InputError if it is none."""
+    folder = Path(path)
+    try:
+        kind = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("kind")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} is not a run directory: it has no readable {MANIFEST}.") from error
+    found = of_samples(SampleRun.load(folder)) if kind == KIND else of_run(runs.load(folder))
+    return replace(found, name=f"{found.name} ({folder.name})")
+
+
+def of_run(run: runs.Run) -> Measured:
+    """Return the clean passes of a run as rows."""
+    times = pd.DataFrame([tables.stage_ns(spans) / 1e6 for spans in run.clean], columns=list(stages.NAMES))
+    call = (run.manifest.get("calls") or [{}])[0]
+    found = run.latency()
+    work = {"prompt_tokens": found.prompt_tokens, "new_tokens": found.new_tokens, "batch": call.get("batch") or 1}
+    rows = pd.DataFrame([work] * len(times))
+    return Measured(
+        str(run.manifest.get("model") or run.anatomy.model_class), run.manifest, _present(times), rows, None
+    )
+
+
+def of_samples(run: SampleRun) -> Measured:
+    """Return the good samples of a run as rows."""
+    work = run.good[["prompt_tokens", "new_tokens", "batch"]].reset_index(drop=True)
+    times = run.by_stage.reset_index(drop=True)
+    return Measured(str(run.manifest.get("model")), run.manifest, times, work, run.good["id"].tolist())
+
+
+def _present(times: pd.DataFrame) -> pd.DataFrame:
+    return times[[name for name in times if times[name].any()]]
+
+
+def compare(base: Measured, other: Measured) -> pd.DataFrame:
+    """Return a row a stage, one for the total, and rows of equal work.
+
+    Columns: base_ms and other_ms (medians), base_low, base_high, other_low, other_high (95 % bootstrap intervals of
+    the medians), ratio
+    (other over base), ratio_low, ratio_high, differs (the interval of the ratio leaves out 1). Where both runs
+    measured the same samples, ratios are paired: the median of each sample's own ratio.
+    """
+    one, two, paired = _aligned(base, other)
+    quantities: dict[str, Callable[[Measured], pd.Series]] = {
+        **{name: _stage(name) for name in stages.NAMES if name in one.times and name in two.times},
+        TOTAL: lambda measured: measured.times.sum(axis=1),
+        "prefill a prompt token": _per("prefill", "prompt_tokens"),
+        "decode a step": _per("decode", "new_tokens", less=1),
+        OUTPUT_LENGTH: lambda measured: measured.times.sum(axis=1) / measured.work["new_tokens"],
+    }
+    rows = {name: _row(value(one), value(two), paired) for name, value in quantities.items()}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("what")
+
+
+def _stage(name: str) -> Callable[[Measured], pd.Series]:
+    return lambda measured: measured.times[name]
+
+
+def _per(stage: str, work: str, less: int = 0) -> Callable[[Measured], pd.Series]:
+    def value(measured: Measured) -> pd.Series:
+        units = (measured.work[work] - less).astype(float)
+        return measured.times.get(stage, pd.Series(np.nan, index=units.index)) / units.where(units > 0)
+
+    return value
+
+
+def _aligned(base: Measured, other: Measured) -> tuple[Measured, Measured, bool]:
+    """Return both runs in the order of the samples they share, if they share any."""
+    if base.ids is None or other.ids is None:
+        return base, other, False
+    shared = [one for one in base.ids if one in set(other.ids)]
+    if not shared:
+        return base, other, False
+    return _rows_of(base, shared), _rows_of(other, shared), True
+
+
+def _rows_of(measured: Measured, ids: list[str]) -> Measured:
+    place = {one: number for number, one in enumerate(measured.ids or [])}
+    rows = [place[one] for one in ids]
+    times, work = (table.iloc[rows].reset_index(drop=True) for table in (measured.times, measured.work))
+    return Measured(measured.name, measured.about, times, work, ids)
+
+
+def _row(one: pd.Series, two: pd.Series, paired: bool) -> dict[str, Any]:
+    a, b = one.to_numpy(dtype=float), two.to_numpy(dtype=float)
+    if paired:
+        whole = np.isfinite(a) & np.isfinite(b)
+        a, b = a[whole], b[whole]
+    else:
+        a, b = a[np.isfinite(a)], b[np.isfinite(b)]
+    low, high = stats.ratio_interval(a, b, paired)
+    return {
+        "base_ms": stats.median(a),
+        **dict(zip(("base_low", "base_high"), stats.median_interval(a), strict=True)),
+        "other_ms": stats.median(b),
+        **dict(zip(("other_low", "other_high"), stats.median_interval(b), strict=True)),
+        "ratio": stats.median_ratio(a, b, paired),
+        "ratio_low": low,
+        "ratio_high": high,
+        "differs": bool(low > 1 or high < 1),
+    }
+
+
+def unlike(base: Measured, other: Measured) -> list[str]:
+    """Return a sentence for each thing, other than the model, in which two runs are not alike."""
+    found = []
+    for key, said in (
+        *(("device_name", "device"), ("dtype", "dtype"), ("attention", "attention kernel"), ("threads", "threads")),
+        *(("weights", "weights"), ("platform", "platform")),
+    ):
+        one, two = base.about.get(key), other.about.get(key)
+        if one != two:
+            found.append(f"{said}: {one} and {two}")
+    versions = base.about.get("versions") or {}, other.about.get("versions") or {}
+    every = sorted(set(versions[0]) | set(versions[1]))
+    found += [f"{name}: {a} and {b}" for name in every if (a := versions[0].get(name)) != (b := versions[1].get(name))]
+    for key, said in (("new_tokens", "output length"), ("prompt_tokens", "prompt tokens"), ("batch", "batch")):
+        one, two = (stats.median(measured.work[key].dropna().to_numpy(dtype=float)) for measured in (base, other))
+        if one != two:
+            found.append(f"{said}: {one:g} and {two:g} (medians)")
+    plans = base.about.get("plan") or {}, other.about.get("plan") or {}
+    found += [
+        f"{key}: {a} and {b}"
+        for key in ("warmup", "granularity")
+        if (a := plans[0].get(key)) != (b := plans[1].get(key))
+    ]
+    if base.ids is not None and other.ids is not None and set(base.ids) != set(other.ids):
+        shared = len(set(base.ids) & set(other.ids))
+        found.append(f"samples: {len(base.ids)} and {len(other.ids)}, {shared} of them the same")
+    return found
+
+
+@dataclass(frozen=True)
+class Gap:
+    """The difference of two runs' totals, in ms (medians), split: what output length makes, and what is left at equal
+    length.
+
+    At equal length means: the longer run's decoding cut to the other's new tokens, at its own time a step.
+    """
+
+    total_ms: float
+    output_length_ms: float
+
+    @property
+    def rest_ms(self) -> float:
+        """What remains at equal output length."""
+        return self.total_ms - self.output_length_ms
+
+    def sentence(self, base: str, other: str) -> str:
+        """Return the split in words."""
+        if not self.total_ms:
+            return f"{base} and {other} take the same time."
+        slower, faster = (other, base) if self.total_ms > 0 else (base, other)
+        said = f"{slower} takes {abs(self.total_ms):.1f} ms longer than {faster}"
+        if not self.output_length_ms:
+            return f"{said}; both make outputs of the same length."
+        made = self.output_length_ms if self.total_ms > 0 else -self.output_length_ms
+        most = "most of it, " if abs(self.total_ms) / 2 < made <= abs(self.total_ms) else ""
+        at_equal, less = (other, base) if self.rest_ms > 0 else (base, other)
+        return (
+            f"{said}; output length makes {most}{made:.1f} ms, and at equal length {at_equal} takes "
+            f"{abs(self.rest_ms):.1f} ms longer than {less}."
+        )
+
+
+def gap(base: Measured, other: Measured) -> Gap:
+    """Return how far the totals of two runs differ, and how much of it is output length alone."""
+    total = [stats.median(measured.times.sum(axis=1).to_numpy()) for measured in (base, other)]
+    tokens = [stats.median(measured.work["new_tokens"].to_numpy(dtype=float)) for measured in (base, other)]
+    steps = [
+        stats.median(_per("decode", "new_tokens", less=1)(measured).dropna().to_numpy()) for measured in (base, other)
+    ]
+    # The longer one's own time a step: what it would save by stopping where the other does.
+    step = steps[1] if tokens[1] > tokens[0] else steps[0]
+    made = (tokens[1] - tokens[0]) * step if tokens[0] != tokens[1] else 0.0
+    return Gap(total[1] - total[0], made)
+
+
+def gate(condition: str, table: pd.DataFrame) -> str:
+    """Return why a comparison fails a condition such as "prefill > 5%", "" if it passes.
+
+    It fails if the ratio is higher than allowed and its interval lies above 1: a difference within the noise is none.
+    Raises InputError for a condition that cannot be read.
+    """
+    match = GATE.fullmatch(condition)
+    if match is None or match[1] not in table.index:
+        known = ", ".join(map(str, table.index))
+        raise InputError(f"--fail-if {condition!r} is not WHAT > PERCENT%, with WHAT one of: {known}.")
+    row, allowed = table.loc[match[1]], float(match[2])
+    slower = (row["ratio"] - 1) * 100
+    if slower <= allowed or row["ratio_low"] <= 1:
+        return ""
+    known = not np.isnan(row["ratio_low"])
+    interval = (
+        f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}" if known else "unknown, as there are too few repeats"
+    )
+    return f"{match[1]} is {slower:.1f} % slower (95 % interval of the ratio: {interval})"
