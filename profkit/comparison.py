@@ -228,8 +228,6 @@ def gate(condition: str, table: pd.DataFrame) -> str:
     slower = (row["ratio"] - 1) * 100
     if slower <= allowed or row["ratio_low"] <= 1:
         return ""
-    known = not np.isnan(row["ratio_low"])
-    interval = (
-        f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}" if known else "unknown, as there are too few repeats"
-    )
+    unknown = np.isnan(row["ratio_low"])
+    interval = "unknown, too few repeats" if unknown else f"{row['ratio_low']:.3f} to {row['ratio_high']:.3f}"
     return f"{match[1]} is {slower:.1f} % slower (95 % interval of the ratio: {interval})"
