@@ -173,6 +173,8 @@ def load(path: str | os.PathLike[str]) -> Run:
         raise InputError(f"{folder} is not a run directory: it has no readable run.json.") from error
     except ValueError as error:
         raise InputError(f"{folder / 'run.json'} is damaged: {error}.") from error
+    if manifest.get("kind") == "samples":
+        raise InputError(f"{folder} is a run over many samples: read it with profkit.sample_runs.SampleRun.load().")
     if manifest.get("schema") != SCHEMA:
         raise InputError(
             f"{folder} has schema {manifest.get('schema')}, this profkit reads {SCHEMA}: use the profkit that wrote it."

@@ -16,6 +16,7 @@ from builders import tiny_llava
 from click.testing import CliRunner
 from PIL import Image
 
+import profkit
 from profkit import cli, samples
 from profkit.errors import InputError, MeasurementError
 from profkit.sample_lists import read_items
@@ -116,6 +117,8 @@ def test_a_row_a_sample_and_errors_in_rows(folder):
     assert list(found.parts().index) == ["resize and normalise", "tokenise"]
     assert found.latency()["new_tokens"] == 3
     assert SampleRun.load(folder / "run").rows.equals(found.rows)
+    with pytest.raises(InputError, match="is a run over many samples"):
+        profkit.load(folder / "run")
 
 
 def test_resuming_measures_what_has_no_good_row(folder):
