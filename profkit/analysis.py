@@ -94,7 +94,8 @@ def analyze(path: Path, captures: Sequence[Attributed] = ()) -> Analysis:
     }
     timed = events.kind != Kind.OTHER
     first, last = (int(events.start_ns[timed].min()), int(events.end_ns[timed].max())) if timed.any() else (0, 0)
-    base = int(trace.header.get("baseTimeNanoseconds") or 0)
+    told = trace.header.get("baseTimeNanoseconds")
+    base = int(told) if isinstance(told, int | float) else 0
     rank, world = _rank(trace.header)
     scopes = _scopes(trace, owners)
     devices = _device_names(trace.header)
@@ -154,9 +155,9 @@ def _device_table(trace: chrome.Trace, occupied: Occupancy) -> pd.DataFrame:
                     "streams": len(np.unique(events.stream[mine])),
                     "span_ms": span / MS,
                     "busy_ms": busy / MS,
-                    "sum_ms": int(events.duration_ns[mine].sum()) / MS,
+                    "sum_ms": int(events.length_ns[mine].sum()) / MS,
                     "idle_ms": (span - busy) / MS,
-                    "collective_ms": int(events.duration_ns[mine[collective[mine]]].sum()) / MS,
+                    "collective_ms": int(events.length_ns[mine[collective[mine]]].sum()) / MS,
                 }
             )
     columns = ["device", "name", "kernels", "streams", "span_ms", "busy_ms", "sum_ms", "idle_ms", "collective_ms"]
@@ -166,7 +167,7 @@ def _device_table(trace: chrome.Trace, occupied: Occupancy) -> pd.DataFrame:
 def _reasons(trace: chrome.Trace, owners: Owners) -> pd.DataFrame:
     """Return, for each way in which device events came to their owners, how many did and their share of the time."""
     rows = np.flatnonzero(trace.events.is_kind(*DEVICE))
-    why, duration_ns = owners.why[rows], trace.events.duration_ns[rows]
+    why, duration_ns = owners.why[rows], trace.events.length_ns[rows]
     total = max(int(duration_ns.sum()), 1)
     return pd.DataFrame(
         [

@@ -20,6 +20,7 @@ from profkit.errors import InputError
 from profkit.events import COLUMNS, DEVICE, NOTHING, Events, Kind, device_name, kind_of
 from profkit.pieces import BLOCK_BYTES, CONTROL, Args, Damage, Event, EventTexts, ExactEvent
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 EVENTS_KEY = re.compile(rb'"traceEvents"\s*:\s*\[')
 
 
@@ -130,14 +131,16 @@ def _head(blocks: Iterator[bytes], name: str) -> tuple[bytes, bytes]:
     """Return what stands before the list of events, and the beginning of the list's content."""
     text = b""
     for block in blocks:
-        text += block
+        text = (text + block).removeprefix(BYTE_ORDER_MARK)
         start = text.lstrip()[:1]
         if start and start not in b"{[":
             break
         if start == b"[":
             return b"{", text.lstrip()[1:]
-        if found := EVENTS_KEY.search(text):
-            return text[: found.start()], text[found.end() :]
+        for found in EVENTS_KEY.finditer(text):
+            # A field of that name inside another object is not the list.
+            if _is_object_so_far(text[: found.start()]):
+                return text[: found.start()], text[found.end() :]
     if text.lstrip()[:1] == b"{":
         try:
             msgspec.json.decode(text)
@@ -147,6 +150,15 @@ def _head(blocks: Iterator[bytes], name: str) -> tuple[bytes, bytes]:
     if not text:
         raise InputError(f"{name} is empty, or its compression is damaged from the start.")
     raise InputError(f"{name} is not JSON.")
+
+
+def _is_object_so_far(text: bytes) -> bool:
+    """Tell whether a text, but for a closing brace, is an object."""
+    try:
+        msgspec.json.decode(text.rstrip(b", \r\n\t").translate(CONTROL) + b"}")
+    except msgspec.DecodeError:
+        return False
+    return True
 
 
 def _fields(text: bytes) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def kernel_table(events: Events, owners: Owners, forest: Forest) -> pd.DataFrame
     rows = np.flatnonzero(events.is_kind(*DEVICE))
     operator, operators = _operator_of(events, owners, forest, rows)
     keys = [events.name[rows], events.kind[rows], owners.stage[rows], owners.scope[rows], operator]
-    first, count, (total_ns,) = _grouped(keys, events.duration_ns[rows])
+    first, count, (total_ns,) = _grouped(keys, events.length_ns[rows])
     order = np.argsort(-total_ns, kind="stable")
     name, kind, stage, scope, op = (key[first][order] for key in keys)
     total_ns, count = total_ns[order], count[order]
@@ -115,7 +115,7 @@ def _launched_inside(events: Events, owners: Owners, forest: Forest) -> tuple[np
     at = np.where(nearest >= 0, nearest, call)
     known = at >= 0
     np.add.at(count, at[known], 1)
-    np.add.at(total_ns, at[known], events.duration_ns[rows[known]])
+    np.add.at(total_ns, at[known], events.length_ns[rows[known]])
     return count, total_ns
 
 
@@ -170,7 +170,7 @@ def _stage_row(
         "launches": int(called.sum()),
         "launches_per_step": int(called.sum()) / count if count else float("nan"),
         "busy_ms": busy / MS,
-        "sum_ms": int(events.duration_ns[mine].sum()) / MS,
+        "sum_ms": int(events.length_ns[mine].sum()) / MS,
         "idle_ms": sum(parts.values()) / MS,
         **{f"idle_{name}_ms": value / MS for name, value in parts.items()},
         **{f"delay_p{q}_us": percentile(delay_us, q) for q in (50, 90, 99)},
@@ -216,7 +216,7 @@ def step_table(events: Events, owners: Owners, occupied: Occupancy) -> pd.DataFr
         "kernels": np.bincount(step[of_step], minlength=size),
         "launches": np.bincount(owners.step[is_launch(events) & (owners.step >= 0)], minlength=size),
         "busy_ms": np.asarray(busy_ns(events, np.ones(len(events), dtype=bool), owners.step, size)) / MS,
-        "sum_ms": _sum_by(step[of_step], events.duration_ns[occupied.row[of_step]], size) / MS,
+        "sum_ms": _sum_by(step[of_step], events.length_ns[occupied.row[of_step]], size) / MS,
     }
     for part in ("host", "launch", "wait", "unknown"):
         table[f"idle_{part}_ms"] = _sum_by(step[of_step], getattr(occupied, f"{part}_ns")[of_step], size) / MS
@@ -241,7 +241,7 @@ def coverage(events: Events, owners: Owners) -> pd.DataFrame:
     Columns: count, total_ms, share (of the sum of durations).
     """
     rows = np.flatnonzero(events.is_kind(*DEVICE))
-    level, duration_ns = owners.level()[rows], events.duration_ns[rows]
+    level, duration_ns = owners.level()[rows], events.length_ns[rows]
     total_ns = _sum_by(level, duration_ns, len(Level))
     return pd.DataFrame(
         {

@@ -104,6 +104,11 @@ class Events:
         return self.start_ns + self.duration_ns
 
     @cached_property
+    def length_ns(self) -> np.ndarray:
+        """How long each event lasted, in ns; nothing for those of negative length, which some recorders write."""
+        return np.maximum(self.duration_ns, 0)
+
+    @cached_property
     def kind(self) -> np.ndarray:
         """What each event is: Kinds, as int8."""
         return np.array([kind_of(category) for category in self.categories], dtype=np.int8)[self.category]

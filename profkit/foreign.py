@@ -122,7 +122,8 @@ def _from_tracks(trace: Trace, forest: Forest) -> Owners:
     """Return the owners by profkit's own tracks, which hold the scopes of the thread that ran generate()."""
     events = trace.events
     rows = np.flatnonzero(events.kind == Kind.PROFKIT)
-    number = np.array([value if isinstance(value, int) else 0 for value in trace.threads])[events.thread[rows]]
+    threads = [value if isinstance(value, int) else 0 for value in trace.threads]
+    number = np.array(threads, dtype=np.int64)[events.thread[rows]]
     track = {name: rows[number == position] for position, name in enumerate(TRACKS, start=1)}
     args = dict(zip(rows.tolist(), trace.own, strict=True))
     host = events.is_kind(*HOST)
@@ -140,7 +141,8 @@ def _from_tracks(trace: Trace, forest: Forest) -> Owners:
     modules = [str(args[row].get("module") or "") for row in track["layers"].tolist()]
     paths = list(dict.fromkeys(modules))
     path_of = np.array([*map({path: i for i, path in enumerate(paths)}.get, modules), NOTHING], dtype=np.int64)
-    phase = np.array([stages.INDEX.get(str(args[row].get("phase")), NOTHING) for row in track["steps"].tolist()])
+    phases = [stages.INDEX.get(str(args[row].get("phase")), NOTHING) for row in track["steps"].tolist()]
+    phase = np.array(phases, dtype=np.int64)
     start, end = events.start_ns[track["steps"]], events.end_ns[track["steps"]]
     levels = np.full(len(paths), Level.MODULE)
     scopes = Scopes(stages.NAMES, paths, levels, phase, names_of("steps"), start, end)

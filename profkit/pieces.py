@@ -21,6 +21,7 @@ EXACT_US = 2.0**43
 BETWEEN_EVENTS = re.compile(rb"\}\s*,\s*(?=\{)")
 FIRST_KEY = re.compile(rb'\s*\{\s*("[^"]*")')
 NOT_JSON = re.compile(rb":\s*-?(?:nan|NaN|inf|Infinity)\b")
+END = re.compile(rb"\}\s*\]\s*\}?\s*\Z")
 CONTROL = bytes.maketrans(bytes(range(32)), b" " * 32)
 NESTING_TRIED = 8
 SAMPLE = 31
@@ -125,7 +126,7 @@ class EventTexts:
             found = self._carefully(text) if text.strip(b" \r\n\t,") else []
             found += self._damaged([self.rest]) if self.rest else []
             self.rest = b""
-        self._damage.cut_short |= not self._ended
+        self._damage.cut_short |= not (self._ended or END.search(text))
         return found
 
     def _up_to_end(self, text: bytes, places: Iterable[int]) -> list[Event] | None:

@@ -44,7 +44,7 @@ def of_events(events: Events, owners: Owners, occupied: Occupancy, forest: Fores
     device = events.is_kind(*DEVICE)
     kernels = int(device.sum())
     orphans = device & (owners.launch < 0)
-    share = int(events.duration_ns[orphans].sum()) / max(int(events.duration_ns[device].sum()), 1)
+    share = int(events.length_ns[orphans].sum()) / max(int(events.length_ns[device].sum()), 1)
     yield _check(
         "launches of kernels",
         int(orphans.sum()),

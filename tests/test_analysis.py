@@ -237,6 +237,31 @@ def test_a_cut_file_is_analysed_and_says_so(tmp_path):
     assert "the file ends before its list of events does" in result.output
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"traceEvents": [{"ph": "X", "cat": "profkit", "name": "vision", "pid": 1, "tid": 1, "ts": 0, "dur": 5}]},
+        {"traceEvents": [{"ph": "X", "cat": "profkit", "name": "z", "pid": 1, "tid": "x", "ts": 0, "dur": 5}]},
+        {"distributedInfo": "rank", "deviceProperties": {"id": 1}, "baseTimeNanoseconds": "x", "traceEvents": []},
+        {"deviceProperties": [1, {"id": 0}], "distributedInfo": {"rank": "0"}, "traceEvents": []},
+    ],
+)
+def test_odd_files_are_analysed(tmp_path, content):
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(content))
+    assert analyze(path, "--no-validate").exit_code == 0
+    assert analyze(path, "--no-validate", "--json").exit_code == 0
+
+
+def test_events_of_negative_length_take_no_time(tmp_path):
+    made = HandMade()
+    made.kernel(made.launch(0), 5, -3)
+    made.kernel(made.launch(10), 15, 4)
+    found = analysis.analyze(made.write(tmp_path / "t.json"))
+    assert found.tables["coverage"]["total_ms"].sum() == pytest.approx(0.004)
+    assert {one.name: one.count for one in found.checks}["durations"] == 1
+
+
 def test_brackets_in_names_are_not_taken_for_markup(tmp_path):
     made = HandMade()
     made.host("[/bold]decode[red]", 0, 50, "user_annotation")

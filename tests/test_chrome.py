@@ -223,6 +223,24 @@ def test_what_is_no_trace_is_refused_in_a_sentence(tmp_path: Path, content: byte
     assert str(path) in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xef\xbb\xbf" + three().text(),
+        three().text().replace(b'{"schemaVersion": 1,', b'{"meta": {"traceEvents": []}, "schemaVersion": 1,'),
+    ],
+)
+def test_a_byte_order_mark_and_a_field_of_the_same_name_elsewhere(text):
+    assert names(chrome.parse(text)) == ["aten::mm", "cudaLaunchKernel", "gemm"]
+
+
+def test_a_whole_file_whose_last_event_is_broken_is_not_cut_short():
+    text = b'{"traceEvents": [{"ph": "X", "name": "a", "ts": 1}, {"ph": "X", "name": "b", "ts": "later"}]}'
+    trace = chrome.parse(text)
+    assert names(trace) == ["a"]
+    assert trace.damage.lost == 1 and not trace.damage.cut_short
+
+
 def test_an_empty_list_is_an_empty_trace():
     trace = chrome.parse(b'{"traceEvents": [], "traceName": "x"}')
     assert len(trace.events) == 0 and not trace.damage
