@@ -1,4 +1,4 @@
-"""The command line: the only file that prints."""
+"""The command line: what runs a model, and the way in. Only the cli modules print."""
 
 from __future__ import annotations
 
@@ -14,25 +14,30 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from profkit import __version__, text
+from profkit import __version__, cli_reading, text
 from profkit.command import Command, model_options, quiet_libraries
-from profkit.errors import InputError, MeasurementError
-from profkit.options import new_directory, parse_parts, parse_steps
+from profkit.errors import InputError, InterruptedRunError, MeasurementError
+from profkit.options import new_directory, parse_parts, parse_steps, rank_here
 
 if TYPE_CHECKING:
     from profkit.models import Loaded
+    from profkit.ranks import Ranks
     from profkit.run import Run
+    from profkit.sample_lists import Item
+    from profkit.sample_runs import SampleRun
     from profkit.samples import Sample
 
 DEFAULT_MODEL = "tiny-llava"
-MOST_VALIDATED = 300_000
-"""Events that torch's validator, which loads them as Python objects, is asked to check unless told so."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="profkit")
 def cli() -> None:
     """Where does a multimodal model's generate() spend its time?"""
+
+
+for command in (cli_reading.analyze, cli_reading.compare):
+    cli.add_command(command)
 
 
 @cli.command(cls=Command, context_settings={"show_default": True})
@@ -73,6 +78,8 @@ def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_js
             raise InputError("--samples names the inputs: leave INPUTS out.")
         _trace_samples(name, out, as_json, options)
         return
+    if rank_here() is not None:
+        raise InputError("Several ranks share a list of samples: give --samples, or run without torchrun.")
     profile_steps = parse_steps(options["profile_steps"])
     status = Console(stderr=True).status("starting")
     with status:
@@ -86,33 +93,32 @@ def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_js
 
 
 def _trace_samples(name: str, out: Path | None, as_json: bool, options: dict[str, Any]) -> None:
-    """Measure a list of samples and print what they took, typically."""
-    from profkit import sample_lists, sample_text
+    """Measure a list of samples and print what they took, typically; under torchrun each rank measures its share."""
+    from profkit import sample_lists, sample_runs, sample_text
 
     items = sample_lists.read_items(options["listed"])[: options["limit"]]
     if options["resume"] and out is None:
         raise InputError("--resume needs --out: the run to go on with.")
-    target = out or new_directory(name)
     quiet_libraries()
-    from profkit import sampling
+    from profkit import ranks
 
-    with Progress(*sample_text.COLUMNS, console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"loading {name}", total=len(items), failed=0)
-        loaded = _load(name, options, lambda what: None)
-        if loaded.processor is None:
-            raise InputError(f"{name} comes without a processor, which --samples needs.")
-        plan = sampling.Plan(
-            options["max_new_tokens"],
-            options["prompt"],
-            _generate_options(loaded, options),
-            **{key: options[key] for key in ("warmup", "granularity", "seed", "fail_fast", "resume")},
-            progress=lambda done, total, failed: progress.update(
-                task, description=name, completed=done, total=total, failed=failed
-            ),
-        )
-        about = {"model": name, "weights": "random" if loaded.random_weights else "as loaded"}
-        manifest = sampling.describe(loaded.model, plan, {**about, "samples": str(options["listed"])})
-        run = sampling.measure(loaded.model, loaded.processor, items, target, plan, manifest)
+    with ranks.joined() as here:
+        target = here.first(lambda: out or new_directory(name))
+        bar = Progress(*sample_text.COLUMNS, console=Console(stderr=True), disable=here.rank > 0)
+        try:
+            with bar:
+                run = _measure_samples(name, items, target, options, here, bar)
+        except KeyboardInterrupt:
+            kept = len(sample_runs.SampleRun.load(target, partial=True).good) if target.exists() else 0
+            raise InterruptedRunError(f"Interrupted: {kept} samples are kept in {target}, --resume goes on.") from None
+        except ranks.LostRankError as error:
+            kept = len(sample_runs.SampleRun.load(target).good)
+            raise ranks.LostRankError(
+                f"A rank ended before the others: {kept} of {len(items)} samples are in {target}, --resume goes on "
+                f"({error})."
+            ) from error
+        if here.rank > 0:
+            return
     if as_json:
         click.echo(json.dumps(sample_text.as_dict(run), indent=1, allow_nan=False))
         return
@@ -120,6 +126,32 @@ def _trace_samples(name: str, out: Path | None, as_json: bool, options: dict[str
     for part in sample_text.report(run):
         console.print(part)
     console.print(f"Wrote {escape(str(target))}", soft_wrap=True)
+
+
+def _measure_samples(
+    name: str, items: Sequence[Item], target: Path, options: dict[str, Any], here: Ranks, bar: Progress
+) -> SampleRun:
+    """Load the model and measure this rank's share of the samples, showing how far it is."""
+    from profkit import sampling
+
+    task = bar.add_task(f"loading {name}", total=len(here.share(items)), failed=0)
+    loaded = _load(name, options, lambda what: None)
+    if loaded.processor is None:
+        raise InputError(f"{name} comes without a processor, which --samples needs.")
+    shown = f"{name}, rank 0 of {here.world}" if here.world > 1 else name
+    plan = sampling.Plan(
+        options["max_new_tokens"],
+        options["prompt"],
+        _generate_options(loaded, options),
+        **{key: options[key] for key in ("warmup", "granularity", "seed", "fail_fast")},
+        resume=options["resume"] or here.restarted,
+        progress=lambda done, total, failed: bar.update(
+            task, description=shown, completed=done, total=total, failed=failed
+        ),
+    )
+    about = {"model": name, "weights": "random" if loaded.random_weights else "as loaded"}
+    manifest = sampling.describe(loaded.model, plan, {**about, "samples": str(options["listed"])})
+    return sampling.measure(loaded.model, loaded.processor, items, target, plan, manifest, here)
 
 
 @cli.command(name="inspect", cls=Command, context_settings={"show_default": True})
@@ -142,109 +174,6 @@ def inspect_command(arguments: tuple[str, ...], model: str | None, as_json: bool
     console = Console(highlight=False)
     for part in text.anatomy_report(found, parts, abilities):
         console.print(part)
-
-
-@cli.command(cls=Command, context_settings={"show_default": True})
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
-@click.option(
-    "--capture",
-    "captures",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="A trace of the pass that captured the device graphs: it tells what replayed kernels belong to.",
-)
-@click.option("--top", type=click.IntRange(1), default=15, help="Rows of the tables of kernels and operators.")
-@click.option("--csv", type=click.Path(path_type=Path), metavar="DIR", help="Also write every table as CSV.")
-@click.option("--parquet", type=click.Path(path_type=Path), metavar="DIR", help="Also write every table as Parquet.")
-@click.option(
-    "--validate/--no-validate",
-    default=None,
-    help="torch's own validator of traces, which needs torch.  [default: up to 300,000 events]",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def analyze(files: tuple[Path, ...], captures: tuple[Path, ...], as_json: bool, **options: Any) -> None:
-    """Say which scope owns each kernel of a trace, and whether host or device sets the pace.
-
-    FILE is a Chrome trace that torch.profiler wrote, plain or gzip, from any version and device; a run of profkit's;
-    or a
-    directory of traces, such as TensorBoard's or one file a rank. A file that cannot be read is named, and the next
-    one goes on.
-
-    Example: profkit analyze trace.json.gz --parquet tables
-    """
-    from profkit import analysis, trace_text
-
-    targets = {suffix: options[suffix] for suffix in ("csv", "parquet") if options[suffix]}
-    for target in targets.values():
-        if target.exists():
-            raise InputError(f"{target} already exists: choose another directory.")
-    with Console(stderr=True).status("reading") as status:
-        found, failed = analysis.analyze_all(files, captures, status.update)
-        for one in found:
-            one.validated = _validated(one, options["validate"])
-    between = analysis.rank_table(found)
-    if as_json:
-        click.echo(json.dumps(trace_text.all_as_dict(found, between, failed), indent=1, allow_nan=False))
-    else:
-        console = Console(highlight=False)
-        for one in found:
-            for part in (*trace_text.report(one, options["top"]), ""):
-                console.print(part)
-        if len(between):
-            console.print(trace_text.ranks(between))
-    for suffix, target in targets.items():
-        if found:
-            analysis.write_tables(found, between, target, suffix)
-            click.echo(f"Wrote {target}", err=as_json)
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
-    for sentence in failed.values():
-        errors.print(f"[red]Error:[/red] {escape(sentence)}")
-    if failed:
-        click.get_current_context().exit(InputError.exit_status)
-
-
-@cli.command(cls=Command, name="compare")
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN RUN...")
-@click.option("--fail-if", "conditions", multiple=True, metavar="COND", help="e.g. 'prefill > 5%': exit status 1 then.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def compare_command(paths: tuple[Path, ...], conditions: tuple[str, ...], as_json: bool, debug: bool) -> None:
-    """Show runs side by side: stages with intervals, ratios, equal work, and in what the runs are not alike.
-
-    The others are compared with the first. Runs of one sample bring their repeats, runs of many samples their samples,
-    in pairs where they are the same. --fail-if makes it a gate: it fails where a stage is slower than allowed, beyond
-    the noise.
-
-    Example: profkit compare traces/before traces/after --fail-if 'prefill > 5%'
-    """
-    from profkit import comparison, comparison_text
-
-    if len(paths) < 2:
-        raise InputError("compare takes two runs or more.")
-    base, *others = (comparison.load(path) for path in paths)
-    if as_json:
-        click.echo(json.dumps(comparison_text.as_dict(base, others), indent=1, allow_nan=False))
-    else:
-        console = Console(highlight=False)
-        for part in comparison_text.report(base, others):
-            console.print(part)
-    tables = [comparison.compare(base, other) for other in others]
-    failed = [said for table in tables for condition in conditions if (said := comparison.gate(condition, table))]
-    if failed:
-        raise MeasurementError(f"{'; '.join(failed)}.")
-
-
-def _validated(one: Any, validate: bool | None) -> str:
-    """Return what torch's validator says of a trace, or why it was not asked."""
-    if validate is None and one.events > MOST_VALIDATED:
-        return f"not asked, as there are {one.events} events (--validate)"
-    if validate is False:
-        return "not asked (--no-validate)"
-    from profkit import validation
-
-    quiet_libraries()
-    return validation.validate(one.path)
 
 
 def _inspect(name: str, inputs: Sequence[str], options: dict[str, Any], progress: Any) -> tuple[Any, Any, list[Any]]:

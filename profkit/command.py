@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from profkit.errors import MeasurementError, ProfkitError
+from profkit.options import rank_here
 
 
 class Command(click.Command):
@@ -31,7 +32,8 @@ class Command(click.Command):
                 click.echo(traceback.format_exc(), err=True)
             expected = isinstance(error, ProfkitError)
             sentence = str(error) if expected else f"Unexpected {type(error).__name__}: {error} (--debug shows where)"
-            errors.print(f"[red]Error:[/red] {escape(sentence)}")
+            rank = "" if rank_here() is None else f"rank {rank_here()}: "
+            errors.print(f"[red]Error:[/red] {rank}{escape(sentence)}")
             ctx.exit(error.exit_status if isinstance(error, ProfkitError) else MeasurementError.exit_status)
 
 

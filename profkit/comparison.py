@@ -149,6 +149,9 @@ def unlike(base: Measured, other: Measured) -> list[str]:
         one, two = base.about.get(key), other.about.get(key)
         if one != two:
             found.append(f"{said}: {one} and {two}")
+    ranks = base.about.get("ranks", 1), other.about.get("ranks", 1)
+    if ranks[0] != ranks[1]:
+        found.append(f"ranks that ran at once: {ranks[0]} and {ranks[1]}")
     versions = base.about.get("versions") or {}, other.about.get("versions") or {}
     every = sorted(set(versions[0]) | set(versions[1]))
     found += [f"{name}: {a} and {b}" for name in every if (a := versions[0].get(name)) != (b := versions[1].get(name))]

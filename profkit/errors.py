@@ -25,3 +25,9 @@ class MeasurementError(ProfkitError):
 
 class LedgerError(MeasurementError):
     """Times that must add up do not: never expected, never hidden."""
+
+
+class InterruptedRunError(ProfkitError):
+    """The user pressed Ctrl-C; what was measured until then is kept."""
+
+    exit_status = 130

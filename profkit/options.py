@@ -1,8 +1,9 @@
-"""The command line's words for parts, steps and places, parsed."""
+"""The command line's words for parts, steps and places, parsed; and what torchrun says of this process."""
 
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Sequence
 from datetime import datetime
@@ -44,3 +45,8 @@ def new_directory(model: str) -> Path:
     base = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     candidates = (Path("traces") / (f"{base}-{number}" if number > 1 else base) for number in itertools.count(1))
     return next(path for path in candidates if not path.exists())
+
+
+def rank_here() -> int | None:
+    """Return this process's number among those that torchrun started, None if it is alone."""
+    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,9 +27,9 @@ LATENCIES = ("ttft_ms", "tpot_ms", "itl_p50_ms", "tokens_per_s", "prefill_tokens
 class SampleRun:
     """Measurements over many samples, one pass each.
 
-    `rows` has a row a sample: id, error ("" if none), cached (whether its files were in the page cache, None if
-    unknown),
-    total_ns, ns by stage as `stage:<name>`, ms by part of preprocessing as `part:<name>`, latency figures, tokens.
+    `rows` has a row a sample: id, rank (of the process that measured it), error ("" if none), cached (whether its
+    files were in the page cache, None if unknown), total_ns, ns by stage as `stage:<name>`, ms by part of
+    preprocessing as `part:<name>`, latency figures, tokens.
     """
 
     manifest: dict[str, Any]
@@ -100,27 +102,44 @@ class SampleRun:
         return {name: stats.median(self.good[name].dropna().to_numpy()) for name in names if name in self.good}
 
 
+def rows_file(rank: int, world: int) -> str:
+    """Return the name of the file that a rank appends its rows to."""
+    return ROWS if world == 1 else f"samples-{rank}.jsonl"
+
+
 def load_rows(folder: Path) -> pd.DataFrame:
-    """Return the rows of a directory, the last one of each id; half a line at the end, as a crash leaves it, is left
-    out."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("samples*.jsonl")):
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                found[row["id"]] = _flat(row)
+    """Return the rows of a directory, the last one of each id."""
+    found = {row["id"]: _flat(row) for row in _rows(folder)}
     return pd.DataFrame(found.values()) if found else pd.DataFrame({"id": [], "error": []})
 
 
-def drop_half_line(folder: Path) -> None:
+def _rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows, those of the ranks' own files, which are newer, last; half a line at the end, as a crash leaves
+    it, is left out."""
+    for path in (folder / ROWS, *sorted(folder.glob("samples-*.jsonl"))):
+        if not path.exists():
+            continue
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with suppress(ValueError):
+                    yield json.loads(line)
+
+
+def drop_half_line(path: Path) -> None:
     """Cut off what a crash left of a line, so that the next row begins on one of its own."""
-    path = folder / ROWS
     if path.exists():
-        content = path.read_bytes()
-        os.truncate(path, content.rfind(b"\n") + 1)
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
+def merge(folder: Path, ids: Sequence[str]) -> None:
+    """Put the files of all ranks into one, in the order of `ids`."""
+    place = {one: number for number, one in enumerate(ids)}
+    rows = sorted({row["id"]: row for row in _rows(folder)}.values(), key=lambda row: place.get(row["id"], len(ids)))
+    fresh = folder / f".{ROWS}.new"
+    fresh.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    fresh.replace(folder / ROWS)
+    for path in folder.glob("samples-*.jsonl"):
+        path.unlink()
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

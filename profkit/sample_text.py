@@ -38,7 +38,10 @@ def report(run: SampleRun) -> Iterator[Table | str]:
     about, good = run.manifest, len(run.good)
     what = f"{about.get('model_class')}, {about.get('dtype')} on {about.get('device')}"
     name = escape(str(about.get("model")))
-    yield f"[bold]{name}[/bold]: {escape(what)}; {good} samples measured, {len(run.bad)} in error"
+    many = f" on {about['ranks']} ranks" if about.get("ranks", 1) > 1 else ""
+    yield f"[bold]{name}[/bold]: {escape(what)}; {good} samples measured{many}, {len(run.bad)} in error"
+    if left := about.get("listed", 0) - len(run.rows):
+        yield f"[yellow]{left} of the {about['listed']} samples have no row yet: --resume goes on with them[/yellow]"
     if good:
         yield _breakdown(run)
         figures = run.latency()

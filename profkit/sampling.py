@@ -17,9 +17,10 @@ from torch import nn
 from profkit import capture, environment, samples, stages, tables
 from profkit.errors import InputError, MeasurementError, ProfkitError
 from profkit.plan import Granularity
+from profkit.ranks import ALONE, Ranks
 from profkit.run import plain
 from profkit.sample_lists import Item
-from profkit.sample_runs import ROWS, SampleRun, drop_half_line, load_rows
+from profkit.sample_runs import SampleRun, drop_half_line, load_rows, merge, rows_file
 from profkit.sample_runs import write_manifest as write
 from profkit.spans import Spans
 
@@ -44,50 +45,68 @@ class Plan:
 
 
 def measure(
-    model: nn.Module, processor: Any, items: Sequence[Item], out: Path, plan: Plan, manifest: dict[str, Any]
+    model: nn.Module,
+    processor: Any,
+    items: Sequence[Item],
+    out: Path,
+    plan: Plan,
+    manifest: dict[str, Any],
+    ranks: Ranks = ALONE,
 ) -> SampleRun:
     """Measure generate() once for each sample, and return the run; rows are in `out` as they come.
 
     A sample that cannot be read or generated from has a row with its error, and the next one follows, unless
     `fail_fast`.
     With `resume`, samples that `out` has a good row for are left out. Each sample's own files are read inside the
-    measurement; the first is also run `warmup` times before.
+    measurement; the first is also run `warmup` times before. Several ranks share the samples, each with a file of
+    its own; rank 0 puts them together once all are done.
 
-    Raises InputError for an `out` that cannot be used, MeasurementError if fail_fast stopped.
+    Raises InputError for an `out` that cannot be used, MeasurementError if fail_fast stopped, LostRankError on rank 0
+    if another rank ended early: the rows are there, and `resume` goes on with the samples that have none.
     """
-    done = _opened(out, plan, manifest)
-    waiting = [item for item in items if item.id not in done]
+    manifest = {**manifest, "listed": len(items), "ranks": ranks.world}
+    done = ranks.first(lambda: _opened(out, plan, manifest))
+    waiting = ranks.share([item for item in items if item.id not in done])
     failed = 0
-    with (out / ROWS).open("a", encoding="utf-8") as file:
-        for number, (item, row) in enumerate(
-            zip(waiting, _rows(model, processor, waiting, plan), strict=False), start=1
-        ):
-            file.write(json.dumps(plain(row), ensure_ascii=False) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / rows_file(ranks.rank, ranks.world)
+    drop_half_line(path)
+    with path.open("a", encoding="utf-8") as file:
+        rows = _rows(model, processor, waiting, plan)
+        for number, (item, row) in enumerate(zip(waiting, rows, strict=False), start=1):
+            file.write(json.dumps(plain({"id": item.id, "rank": ranks.rank, **row}), ensure_ascii=False) + "\n")
             # What is flushed survives the process, however it ends.
             file.flush()
             failed += row["error"] != ""
             plan.progress(len(done) + number, len(done) + len(waiting), failed)
             if row["error"] and plan.fail_fast:
                 raise MeasurementError(f"Sample {item.id}: {row['error']} (stopped, as --fail-fast says).")
-    write(out, {**manifest, "complete": True})
-    return SampleRun.load(out)
+    shares = ranks.gathered((path.name, path.read_bytes()))
+    if shares is not None:
+        # A rank on another machine has written to a disk of its own.
+        for name, content in shares if len(shares) > 1 else ():
+            (out / name).write_bytes(content)
+        merge(out, [item.id for item in items])
+        write(out, {**manifest, "complete": True})
+    return SampleRun.load(out, partial=shares is None)
 
 
 def _opened(out: Path, plan: Plan, manifest: dict[str, Any]) -> set[str]:
     """Make the directory, or take one to resume, and return the ids that have a good row."""
     if out.exists() and not plan.resume:
         raise InputError(f"{out} already exists: --resume goes on with it, or choose another --out.")
-    if out.exists():
-        earlier = SampleRun.load(out, partial=True).manifest
-        changed = [key for key in ("model", "plan", "dtype", "device") if earlier.get(key) != plain(manifest).get(key)]
-        if changed:
-            raise InputError(f"{out} was measured with another {', '.join(changed)}: choose another --out.")
-        drop_half_line(out)
-        rows = load_rows(out)
-        return set(rows.loc[rows["error"] == "", "id"]) if len(rows) else set()
-    out.mkdir(parents=True)
+    if not out.exists() or not any(out.iterdir()):
+        out.mkdir(parents=True, exist_ok=True)
+        write(out, {**manifest, "complete": False})
+        return set()
+    earlier = SampleRun.load(out, partial=True).manifest
+    changed = [key for key in ("model", "plan", "dtype", "device") if earlier.get(key) != plain(manifest).get(key)]
+    if changed:
+        raise InputError(f"{out} was measured with another {', '.join(changed)}: choose another --out.")
+    merge(out, [])
     write(out, {**manifest, "complete": False})
-    return set()
+    rows = load_rows(out)
+    return set(rows.loc[rows["error"] == "", "id"]) if len(rows) else set()
 
 
 def _rows(model: nn.Module, processor: Any, items: Sequence[Item], plan: Plan) -> Iterator[dict[str, Any]]:
@@ -95,7 +114,7 @@ def _rows(model: nn.Module, processor: Any, items: Sequence[Item], plan: Plan) -
     tracing: capture.Tracing | None = None
     for item in items:
         begin = time.perf_counter()
-        row: dict[str, Any] = {"id": item.id, "error": item.error, "cached": _cached(item.files)}
+        row: dict[str, Any] = {"error": item.error, "cached": _cached(item.files)}
         if not item.error:
             with _errors_in(row):
                 prompt = plan.prompt or item.prompt
