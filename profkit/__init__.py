@@ -13,14 +13,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from profkit.capture import profile, trace
+    from profkit.capture import profile
     from profkit.inspection import inspect
     from profkit.run import Run, load
+    from profkit.tracing import trace
 
 __version__ = "0.1.0"
 __all__ = ["Run", "inspect", "load", "profile", "trace"]
 
-_HOMES = {"inspect": "inspection", "profile": "capture", "trace": "capture", "load": "run", "Run": "run"}
+_HOMES = {"inspect": "inspection", "profile": "capture", "trace": "tracing", "load": "run", "Run": "run"}
 
 
 def __getattr__(name: str) -> Any:

@@ -236,7 +236,7 @@ def _measure(
     target = out or new_directory(name)
     quiet_libraries()
     progress("importing torch and transformers")
-    from profkit import capture, run
+    from profkit import run, tracing
 
     run.check_target(target, options["force"])
     loaded = _load(name, options, progress)
@@ -246,7 +246,7 @@ def _measure(
             f"--profile-steps {options['profile_steps']}: {options['max_new_tokens']} new tokens take the steps 0 to "
             f"{options['max_new_tokens'] - 1}; choose from those, or raise --max-new-tokens."
         )
-    result = capture.trace(
+    result = tracing.trace(
         loaded.model,
         loaded.generate_kwargs,
         sample=sample,

@@ -62,7 +62,7 @@ class Marks:
 
     `code` is +n on entering and -n on leaving scope number n; `thread` counts threads from 0;
     `host_ns` is perf_counter_ns; `device_ns` is NO_TIME where no device event was recorded;
-    `note` is the number of tokens a decoder pass was given, -1 elsewhere.
+    `note` is the number of tokens a decoder pass or a generate() was given, the number of a tower's call, -1 elsewhere.
     """
 
     code: np.ndarray
@@ -100,9 +100,9 @@ class Ledger:
         if len(self.faults) < 100:
             self.faults.append(f"{where}: {type(error).__name__}: {error}")
 
-    def note(self, index: int, tokens: int) -> None:
-        """Remember that the decoder pass that began with mark `index` was given `tokens` tokens."""
-        self._notes[index] = tokens
+    def note(self, index: int, number: int) -> None:
+        """Remember a number of the scope that mark `index` entered: see Marks.note."""
+        self._notes[index] = number
 
     def marker(self, record_event: Callable[[], int] | None = None) -> Callable[[int], int]:
         """Return a function that appends a mark for a code and gives its index (-1 if it could not).

@@ -18,6 +18,7 @@ from torch.compiler import is_dynamo_compiling
 
 from profkit.anatomy import Anatomy
 from profkit.clock import DeviceClock
+from profkit.encodings import Encodings
 from profkit.errors import InputError
 from profkit.ledger import Ledger, Scope
 from profkit.plan import GRANULARITIES, Granularity, Place, places
@@ -27,6 +28,7 @@ Method = Callable[..., Any]
 Marker = Callable[[int], int]
 MarkerWrapper = Callable[[Marker], Marker]
 
+TOWERS = ("vision", "audio")
 TOKEN_INPUTS = ("inputs_embeds", "input_ids", "hidden_states")
 
 
@@ -86,6 +88,7 @@ class Instrument:
         self.calls: list[Call] = []
         self.anatomy = anatomy
         self.ledger = ledger
+        self.encodings = Encodings()
         self._model = model
         self._granularity = granularity
         self._clock = clock
@@ -133,7 +136,8 @@ class Instrument:
     def _attach(self, wrappers: Wrappers, module: nn.Module, name: str, scope: Scope) -> None:
         make = {"decoder": self._decoder_probe, "generate": self._generate_probe, "prepare": self._prepare_probe}
         bound, code = getattr(module, name), self.ledger.scopes.number(scope)
-        wrappers.put(module, name, make.get(scope.kind, self._plain_probe)(bound, code, wrappers))
+        probe = self._tower_probe if scope.stage in TOWERS else make.get(scope.kind, self._plain_probe)
+        wrappers.put(module, name, probe(bound, code, wrappers))
 
     # generate() inspects the signatures of methods that it calls: functools.wraps() keeps them.
 
@@ -146,6 +150,23 @@ class Instrument:
                 return bound(*args, **kwargs)
             mark(code)
             try:
+                return bound(*args, **kwargs)
+            finally:
+                mark(-code)
+
+        return probe
+
+    def _tower_probe(self, bound: Method, code: int, wrappers: Wrappers) -> Method:
+        """What a tower is given is kept, to be compared later."""
+        mark = self._mark
+
+        @functools.wraps(bound)
+        def probe(*args: Any, **kwargs: Any) -> Any:
+            if not wrappers.active or is_dynamo_compiling():
+                return bound(*args, **kwargs)
+            index = mark(code)
+            try:
+                self._note(index, lambda: self.encodings.add(args, kwargs))
                 return bound(*args, **kwargs)
             finally:
                 mark(-code)
@@ -195,6 +216,7 @@ class Instrument:
             index = mark(code)
             try:
                 self._note(index, lambda: self._tokens_to_read(args, kwargs))
+                self._keep_given(args, kwargs)
                 self._watch_assistant(other, kwargs.get("assistant_model"))
                 output = bound(*args, **kwargs)
                 return output
@@ -221,11 +243,17 @@ class Instrument:
             except Exception as error:
                 self.ledger.fault(error, "assistant model")
 
-    def _note(self, index: int, tokens: Callable[[], int]) -> None:
+    def _note(self, index: int, number: Callable[[], int]) -> None:
         try:
-            self.ledger.note(index, tokens())
+            self.ledger.note(index, number())
         except Exception as error:
-            self.ledger.fault(error, "token count")
+            self.ledger.fault(error, "note of a mark")
+
+    def _keep_given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        try:
+            self.encodings.note_given(args, kwargs)
+        except Exception as error:
+            self.ledger.fault(error, "arguments of generate()")
 
     def _begin_iteration(self) -> None:
         """Tell the profiler's window that step number `_passes` begins, once a step."""

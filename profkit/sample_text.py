@@ -35,7 +35,8 @@ MOST_ERRORS = 10
 
 def report(run: SampleRun) -> Iterator[Table | str]:
     """Yield the parts of the report: what ran, the stages, latency, what failed."""
-    about, good = run.manifest, len(run.good)
+    about, good_rows = run.manifest, run.good
+    good = len(good_rows)
     what = f"{about.get('model_class')}, {about.get('dtype')} on {about.get('device')}"
     name = escape(str(about.get("model")))
     many = f" on {about['ranks']} ranks" if about.get("ranks", 1) > 1 else ""
@@ -48,6 +49,9 @@ def report(run: SampleRun) -> Iterator[Table | str]:
         each = (f"{name.removesuffix('_ms').replace('_', ' ')} {value:.2f}" for name, value in figures.items())
         yield f"medians over samples: {', '.join(each)}"
         cached = run.good["cached"].map({True: "warm", False: "cold"}).fillna("unknown").value_counts()
+        if "encoded_again_ms" in good_rows and (again := good_rows[good_rows["encoded_again_ms"] > 0]).size:
+            lost = f"{len(again)} samples were encoded twice, {again['encoded_again_ms'].mean():.2f} ms lost in each"
+            yield f"[yellow]{lost}; the first: {escape(again['notes'].iloc[0][-1])}[/yellow]"
         yield f"files before they were loaded: {', '.join(f'{count} {name}' for name, count in cached.items())}"
     for row in run.bad.head(MOST_ERRORS).to_dict(orient="records"):
         said = row["error"] if row["error"].startswith(row["id"]) else f"{row['id']}: {row['error']}"

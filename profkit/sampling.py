@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from profkit import capture, environment, samples, stages, tables
+from profkit import environment, samples, stages, tables
+from profkit.capture import call_dict
 from profkit.errors import InputError, MeasurementError, ProfkitError
 from profkit.plan import Granularity
 from profkit.ranks import ALONE, Ranks
@@ -23,6 +24,8 @@ from profkit.sample_lists import Item
 from profkit.sample_runs import SampleRun, drop_half_line, load_rows, merge, rows_file
 from profkit.sample_runs import write_manifest as write
 from profkit.spans import Spans
+from profkit.tracing import Plan as Passes
+from profkit.tracing import Tracing
 
 PARTS = "preprocess()."
 Progress = Callable[[int, int, int], None]
@@ -111,7 +114,7 @@ def _opened(out: Path, plan: Plan, manifest: dict[str, Any]) -> set[str]:
 
 def _rows(model: nn.Module, processor: Any, items: Sequence[Item], plan: Plan) -> Iterator[dict[str, Any]]:
     """Yield a row a sample."""
-    tracing: capture.Tracing | None = None
+    tracing: Tracing | None = None
     for item in items:
         begin = time.perf_counter()
         row: dict[str, Any] = {"error": item.error, "cached": _cached(item.files)}
@@ -134,17 +137,17 @@ def _errors_in(row: dict[str, Any]) -> Iterator[None]:
         row["error"] = str(error)
 
 
-def _warm(model: nn.Module, sample: samples.Sample, plan: Plan) -> capture.Tracing:
+def _warm(model: nn.Module, sample: samples.Sample, plan: Plan) -> Tracing:
     """Find the model's parts and run the first sample before it counts."""
-    passes = capture.Plan(warmup=0, repeat=1, granularity=plan.granularity, profile=False, seed=plan.seed)
-    tracing = capture.Tracing(model, sample, plan.options, None, None, passes)
+    passes = Passes(warmup=0, repeat=1, granularity=plan.granularity, profile=False, seed=plan.seed)
+    tracing = Tracing(model, sample, plan.options, None, None, passes)
     tracing.find_parts()
     for _ in range(plan.warmup):
         tracing.control()
     return tracing
 
 
-def _measured(tracing: capture.Tracing, sample: samples.Sample) -> dict[str, Any]:
+def _measured(tracing: Tracing, sample: samples.Sample) -> dict[str, Any]:
     """Run one sample and return its figures; nothing of it stays behind."""
     tracing.sample, tracing.calls, tracing.faults = sample, [], []
     for kept in tracing.tokens.values():
@@ -152,7 +155,12 @@ def _measured(tracing: capture.Tracing, sample: samples.Sample) -> dict[str, Any
     spans = tracing.clean().spans
     assert spans is not None
     spans.check()
-    return {**_figures(spans, capture.call_dict(tracing.calls[0])), "notes": tracing.faults}
+    repeats = (tracing.encoded or {}).get("repeats", [])
+    return {
+        **_figures(spans, call_dict(tracing.calls[0])),
+        "notes": [*tracing.faults, *(f"encoded twice: {one['sentence']}" for one in repeats)],
+        "encoded_again_ms": sum(one["lost_ms"] for one in repeats),
+    }
 
 
 def _figures(spans: Spans, call: dict[str, int | None]) -> dict[str, Any]:

@@ -65,13 +65,14 @@ class _Tree:
         decoder = parent(layers)
         encoders = self._encoders(decoder)
         towers = [(role, path, "structure") for path, role in encoders.items()]
-        projectors = self._projectors(list(encoders), decoder)
+        norm = self._final_norm(decoder)
+        projectors = self._projectors(list(encoders), decoder, [layers, *([norm] if norm else [])])
         found = [
             *towers,
             *(("projector", path, "structure") for path in projectors),
             ("decoder", decoder, found_by),
             ("decoder_layers", layers, found_by),
-            ("norm", self._final_norm(decoder), "structure"),
+            ("norm", norm, "structure"),
             ("embed", self.embed, "get_input_embeddings()"),
             ("lm_head", self.head, "get_output_embeddings()"),
         ]
@@ -145,26 +146,40 @@ class _Tree:
         for path in self.lists:
             around = [above for above in ancestors(path) if above and not within(decoder, above)]
             models = [above for above in around if derives_from(self.modules[above], "PreTrainedModel")]
-            if not models or within(path, decoder):
+            if not models:
                 continue
             takes = _takes(self.modules[models[-1]])
+            # Some keep their tower inside the decoder, as LLaVA's first code does.
+            if within(path, decoder) and takes == "text":
+                continue
             if takes == "text" and text_encoder and within(models[-1], text_encoder):
                 found[models[-1]] = "encoder"
             else:
                 found[models[-1]] = "audio_tower" if takes == "audio" else "vision_tower"
         return found
 
-    def _projectors(self, encoders: list[str], decoder: str) -> list[str]:
-        """Return the modules with weights that stand beside a tower and are neither decoder, embedding nor head."""
-        known = [path for path in (*encoders, decoder, self.embed, self.head) if path]
+    def _projectors(self, encoders: list[str], decoder: str, inner: list[str]) -> list[str]:
+        """Return the modules with weights that stand beside a tower and are no other part; `inner` are the decoder's.
+
+        A tower that stands alone in a module of its own has its neighbours where that module stands.
+        """
+        others = [path for path in (*encoders, self.embed, self.head) if path]
         found: list[str] = []
-        for home in dict.fromkeys(parent(tower) for tower in encoders):
+        for home in dict.fromkeys(self._home(tower) for tower in encoders):
+            known = [*others, *(inner if within(home, decoder) else [decoder])]
             for name, child in self.modules[home].named_children():
                 path = f"{home}.{name}" if home else name
                 related = any(within(path, other) or within(other, path) for other in known)
                 if not related and has_weights(child):
                     found.append(path)
         return found
+
+    def _home(self, tower: str) -> str:
+        """Return the module around a tower, and around whatever holds nothing but it."""
+        home = parent(tower)
+        while home and len([child for child in self.modules[home].children() if has_weights(child)]) < 2:
+            home = parent(home)
+        return home
 
     def _final_norm(self, decoder: str) -> str | None:
         """Return the last norm that is the decoder's direct child, if it has one."""

@@ -191,6 +191,11 @@ def check_lines(run: Run) -> Iterator[str]:
         yield f"torch's trace validator: {escape(str(checks['trace']))}"
     if any(checks.get("repaired", {}).values()):
         yield f"[yellow]marks mended: {checks['repaired']}[/yellow]"
+    encoded = checks.get("encoded") or {}
+    for one in encoded.get("repeats", []):
+        yield f"[yellow]encoded twice: {escape(one['sentence'])}[/yellow]"
+    if encoded.get("not_compared"):
+        yield f"{encoded['not_compared']} calls of a tower could not be compared: their inputs were changed or let go"
     for one in checks.get("profile", []):
         if one["ok"] is False:
             said = f"{one['name']}: {one['count']} of {one['total']}: {one['sentence']}"

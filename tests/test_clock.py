@@ -10,7 +10,7 @@ import torch
 from builders import small_llava
 
 import profkit
-from profkit import capture
+from profkit import clock as clocks
 from profkit.clock import DeviceClock
 
 
@@ -45,7 +45,7 @@ def test_events_are_pooled_and_resolved_with_one_wait():
 
 def test_device_times_of_a_run_sum_exactly(monkeypatch):
     clock, waits = fake_clock()
-    monkeypatch.setattr(capture.DeviceClock, "of", classmethod(lambda cls, device: clock))
+    monkeypatch.setattr(clocks.DeviceClock, "of", classmethod(lambda cls, device: clock))
     model, kwargs = small_llava()
     with profkit.profile(model) as prof:
         model.generate(**kwargs)
@@ -66,7 +66,7 @@ def test_a_device_that_cannot_be_read_does_not_hide_the_programs_error(monkeypat
         raise RuntimeError("device-side assert")
 
     clock = DeviceClock(FakeEvent, broken)
-    monkeypatch.setattr(capture.DeviceClock, "of", classmethod(lambda cls, device: clock))
+    monkeypatch.setattr(clocks.DeviceClock, "of", classmethod(lambda cls, device: clock))
     model, kwargs = small_llava()
     with pytest.raises(KeyError), profkit.profile(model) as prof:
         model.generate(**kwargs)

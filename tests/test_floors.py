@@ -15,25 +15,26 @@ FLOORS = {
     1: {"stages", "errors", "stats"},
     2: {
         *("ledger", "events", "annotate", "anatomy", "trail", "wrapping", "clock", "environment", "processors"),
-        *("event_streams", "videos", "eventgpt", "options"),
+        *("event_streams", "videos", "eventgpt", "options", "encodings"),
     },
     3: {
         *("spans", "pieces", "nesting", "plan", "structure", "stacks", "language", "models", "samples", "validation"),
         *("sample_lists", "command", "ranks"),
     },
-    4: {"attribution", "chrome", "phases", "probes", "roles"},
+    4: {"attribution", "audit", "chrome", "phases", "probes", "roles"},
     5: {"foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"},
     6: {"device_tables", "trust", "dummies"},
     7: {"run", "inspection", "capabilities", "explanation"},
-    8: {"analysis", "text", "capture", "sample_runs"},
-    9: {"trace_text", "sample_text", "sampling", "comparison"},
-    10: {"comparison_text"},
+    8: {"analysis", "text", "capture", "tracing", "sample_runs"},
+    9: {"trace_text", "sample_text", "tracing", "comparison"},
+    10: {"comparison_text", "sampling"},
     11: {"cli_reading"},
     12: {"cli"},
 }
 WITH_TORCH = {
     *("clock", "environment", "wrapping", "processors", "models", "samples", "plan", "probes", "kineto"),
-    *("probing", "dummies", "inspection", "capabilities", "capture", "eventgpt", "sampling", "ranks"),
+    *("probing", "dummies", "inspection", "capabilities", "capture", "tracing", "eventgpt", "sampling", "ranks"),
+    *("encodings", "audit"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))

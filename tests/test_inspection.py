@@ -116,7 +116,7 @@ def test_each_part_says_when_it_ran_and_how_it_was_found():
     model, kwargs = builders.event_model()
     found = {part.path: part for part in profkit.inspect(model, **kwargs).parts}
     assert found["model.visual_tower.visual_tower"].calls == Calls(before=5)
-    assert found["model.visual_tower.visual_tower"].found_by == "probe"
+    assert found["model.visual_tower.visual_tower"].found_by == "structure, probe"
     assert found["model.layers"].calls == Calls(prefill=1, decode=1)
     assert found["model.embed_tokens"].found_by == "get_input_embeddings(), probe"
 

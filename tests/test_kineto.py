@@ -10,7 +10,7 @@ import pytest
 import torch
 from builders import DECODER, GENERATE, LAYER, Script, tiny_llava
 
-from profkit import capture, chrome, inspection, kineto, samples
+from profkit import chrome, inspection, kineto, samples, tracing
 from profkit.attribution import Why, aligned, is_range, missing_ranges, owners_in
 from profkit.events import HOST, NOTHING, Kind
 from profkit.explanation import Explanation, explain
@@ -99,7 +99,7 @@ def test_windows_are_labelled_so_that_sums_are_not_taken_for_the_whole():
     loaded = tiny_llava()
     sample = samples.ImageSample([samples.default_image()], "What is this?", loaded.processor, loaded.model, 12)
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-    run = capture.trace(loaded.model, sample=sample, options=options, warmup=0, repeat=1, profile_steps={0, 3, 4, 7})
+    run = tracing.trace(loaded.model, sample=sample, options=options, warmup=0, repeat=1, profile_steps={0, 3, 4, 7})
     assert run.operators is not None
     steps = run.operators.groupby("stage")["steps"].agg(["min", "max"])
     assert steps.loc["decode"].tolist() == [3, 3]

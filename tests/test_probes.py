@@ -120,7 +120,7 @@ def test_an_error_in_the_instrument_does_not_reach_the_program(llava, monkeypatc
     monkeypatch.setattr(probes, "sequence_length", broken)
     with profkit.profile(model) as prof:
         assert torch.equal(model.generate(**kwargs), plain)
-    assert prof.manifest["faults"] == ["token count: RuntimeError: instrument"] * 5
+    assert prof.manifest["faults"] == ["note of a mark: RuntimeError: instrument"] * 5
 
 
 def test_a_failure_while_attaching_takes_off_what_was_on(llava, monkeypatch):

@@ -48,6 +48,7 @@ def test_an_architecture(name):
         measured = sequences(model.generate(**kwargs))
     assert torch.equal(plain, measured)
     assert prof.manifest["faults"] == []
+    assert prof.manifest["checks"]["encoded"] == {"repeats": [], "not_compared": 0}
     prof.representative.check()
     stages = prof.stages()
     assert stages["host_ns"].sum() == prof.passes[0].generate_ns
