@@ -70,8 +70,19 @@ def test_honest_use_is_not_reported(name):
     with profkit.profile(model) as prof:
         for _ in range(2):
             model.generate(**kwargs)
-        model.generate(**{**kwargs, "num_beams": 2})
     assert repeats(prof) == []
+
+
+def test_media_that_beams_multiply():
+    """Some versions of transformers encode an image once a beam, some once: what is reported is what happened."""
+    model, kwargs = system("tiny-llava")
+    encoded = []
+    hook = model.model.vision_tower.register_forward_pre_hook(lambda module, inputs: encoded.append(len(inputs[0])))
+    with profkit.profile(model) as prof:
+        encoded.clear()
+        model.generate(**kwargs, num_beams=3)
+    hook.remove()
+    assert sum(one["items"] for one in repeats(prof)) == encoded[-1] - 1
 
 
 def test_equal_content_in_another_tensor_and_dtype():
