@@ -17,7 +17,7 @@ from rich.progress import Progress
 from profkit import __version__, cli_reading, text
 from profkit.command import Command, model_options, quiet_libraries
 from profkit.errors import InputError, InterruptedRunError, MeasurementError
-from profkit.options import new_directory, parse_parts, parse_steps, rank_here
+from profkit.options import new_directory, parse_parts, parse_steps, parse_window, rank_here
 
 if TYPE_CHECKING:
     from profkit.models import Loaded
@@ -145,6 +145,7 @@ def _measure_samples(
         _generate_options(loaded, options),
         **{key: options[key] for key in ("warmup", "granularity", "seed", "fail_fast")},
         resume=options["resume"] or here.restarted,
+        event_window_us=parse_window(options["event_window"]),
         progress=lambda done, total, failed: bar.update(
             task, description=shown, completed=done, total=total, failed=failed
         ),
@@ -257,7 +258,7 @@ def _measure(
             "model": name,
             "weights": "random" if loaded.random_weights else "as loaded",
             "model_load_ms": loaded.load_ms,
-            **({"inputs": sample.hashes()} if sample else {}),
+            **({"inputs": sample.hashes(), "media_items": sample.media_items} if sample else {}),
         },
         parts=parse_parts(options["part"]),
         profile=options["profile"],
@@ -282,7 +283,15 @@ def _sample(loaded: Loaded, inputs: Sequence[str], options: dict[str, Any]) -> S
             f"(transformers said: {loaded.why_no_processor})"
         )
     files = [Path(one) for one in inputs]
-    return samples.sample_for(loaded.processor, loaded.model, files, options["prompt"], options["max_new_tokens"])
+    window = parse_window(options["event_window"])
+    return samples.sample_for(
+        loaded.processor,
+        loaded.model,
+        files,
+        options["prompt"],
+        options["max_new_tokens"],
+        event_window_us=window,
+    )
 
 
 def _generate_options(loaded: Loaded, options: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,12 @@ from profkit import stages, stats, tables
 from profkit.errors import InputError
 from profkit.sample_runs import KIND, MANIFEST, SampleRun
 
+WORK = {
+    "new_tokens": "output length",
+    "prompt_tokens": "prompt tokens",
+    "media_items": "images or frames",
+    "batch": "batch",
+}
 TOTAL, OUTPUT_LENGTH = "total", "a new token"
 GATE = re.compile(r"\s*([\w ]+?)\s*>\s*(\d+(?:\.\d+)?)\s*%\s*")
 
@@ -26,7 +32,8 @@ GATE = re.compile(r"\s*([\w ]+?)\s*>\s*(\d+(?:\.\d+)?)\s*%\s*")
 class Measured:
     """What a run measured, one row a sample or repeat: host time in ms by stage, and the work it was for.
 
-    `work` has columns prompt_tokens, new_tokens and batch; `ids` tell samples apart, None for repeats.
+    `work` has columns prompt_tokens, new_tokens, batch and media_items (images or frames; NaN where not known); `ids`
+    tell samples apart, None for repeats.
     """
 
     name: str
@@ -52,16 +59,23 @@ def of_run(run: runs.Run) -> Measured:
     times = pd.DataFrame([tables.stage_ns(spans) / 1e6 for spans in run.clean], columns=list(stages.NAMES))
     call = (run.manifest.get("calls") or [{}])[0]
     found = run.latency()
-    work = {"prompt_tokens": found.prompt_tokens, "new_tokens": found.new_tokens, "batch": call.get("batch") or 1}
+    work = {
+        "prompt_tokens": found.prompt_tokens,
+        "new_tokens": found.new_tokens,
+        "batch": call.get("batch") or 1,
+        "media_items": run.manifest.get("media_items", np.nan),
+    }
     rows = pd.DataFrame([work] * len(times))
-    return Measured(
-        str(run.manifest.get("model") or run.anatomy.model_class), run.manifest, _present(times), rows, None
-    )
+    together = run.manifest.get("together")
+    # Repeats that were made in turn with another run's are pairs with them.
+    ids = [f"{together} {number}" for number in range(len(times))] if together else None
+    name = str(run.manifest.get("model") or run.anatomy.model_class)
+    return Measured(name, run.manifest, _present(times), rows, ids)
 
 
 def of_samples(run: SampleRun) -> Measured:
     """Return the good samples of a run as rows."""
-    work = run.good[["prompt_tokens", "new_tokens", "batch"]].reset_index(drop=True)
+    work = run.good.reindex(columns=list(WORK)).reset_index(drop=True)
     times = run.by_stage.reset_index(drop=True)
     return Measured(str(run.manifest.get("model")), run.manifest, times, work, run.good["id"].tolist())
 
@@ -74,24 +88,36 @@ def compare(base: Measured, other: Measured) -> pd.DataFrame:
     """Return a row a stage, one for the total, and rows of equal work.
 
     Columns: base_ms and other_ms (medians), base_low, base_high, other_low, other_high (95 % bootstrap intervals of
-    the medians), ratio
-    (other over base), ratio_low, ratio_high, differs (the interval of the ratio leaves out 1). Where both runs
-    measured the same samples, ratios are paired: the median of each sample's own ratio.
+    the medians), ratio (other over base), ratio_low, ratio_high, differs (the ratio's interval leaves out 1, at a
+    confidence raised for the number of rows, so that in 95 % of comparisons of one thing with itself no row differs).
+    Where both runs measured the same samples, or repeats in turn, ratios are paired: the median of the pairs' own.
     """
     one, two, paired = _aligned(base, other)
     quantities: dict[str, Callable[[Measured], pd.Series]] = {
         **{name: _stage(name) for name in stages.NAMES if name in one.times and name in two.times},
         TOTAL: lambda measured: measured.times.sum(axis=1),
+        "encoding an image or frame": _encoding,
         "prefill a prompt token": _per("prefill", "prompt_tokens"),
         "decode a step": _per("decode", "new_tokens", less=1),
         OUTPUT_LENGTH: lambda measured: measured.times.sum(axis=1) / measured.work["new_tokens"],
     }
-    rows = {name: _row(value(one), value(two), paired) for name, value in quantities.items()}
+    values = {name: (value(one), value(two)) for name, value in quantities.items()}
+    known = {name: pair for name, pair in values.items() if all(one.notna().any() for one in pair)}
+    rows = {name: _row(a, b, paired, len(known)) for name, (a, b) in known.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("what")
 
 
 def _stage(name: str) -> Callable[[Measured], pd.Series]:
     return lambda measured: measured.times[name]
+
+
+def _encoding(measured: Measured) -> pd.Series:
+    """Return what comes before the language model (towers, projector, merge), for each image or frame."""
+    names = [name for name in measured.times if stages.BY_NAME[str(name)].group is stages.ENCODE]
+    units = measured.work["media_items"].astype(float)
+    if not names:
+        return pd.Series(np.nan, index=units.index)
+    return measured.times[names].sum(axis=1) / units.where(units > 0)
 
 
 def _per(stage: str, work: str, less: int = 0) -> Callable[[Measured], pd.Series]:
@@ -119,7 +145,7 @@ def _rows_of(measured: Measured, ids: list[str]) -> Measured:
     return Measured(measured.name, measured.about, times, work, ids)
 
 
-def _row(one: pd.Series, two: pd.Series, paired: bool) -> dict[str, Any]:
+def _row(one: pd.Series, two: pd.Series, paired: bool, rows: int) -> dict[str, Any]:
     a, b = one.to_numpy(dtype=float), two.to_numpy(dtype=float)
     if paired:
         whole = np.isfinite(a) & np.isfinite(b)
@@ -127,6 +153,7 @@ def _row(one: pd.Series, two: pd.Series, paired: bool) -> dict[str, Any]:
     else:
         a, b = a[np.isfinite(a)], b[np.isfinite(b)]
     low, high = stats.ratio_interval(a, b, paired)
+    surely_low, surely_high = stats.ratio_interval(a, b, paired, 1 - (1 - stats.CONFIDENCE) / rows)
     return {
         "base_ms": stats.median(a),
         **dict(zip(("base_low", "base_high"), stats.median_interval(a), strict=True)),
@@ -135,7 +162,7 @@ def _row(one: pd.Series, two: pd.Series, paired: bool) -> dict[str, Any]:
         "ratio": stats.median_ratio(a, b, paired),
         "ratio_low": low,
         "ratio_high": high,
-        "differs": bool(low > 1 or high < 1),
+        "differs": bool(surely_low > 1 or surely_high < 1),
     }
 
 
@@ -155,9 +182,9 @@ def unlike(base: Measured, other: Measured) -> list[str]:
     versions = base.about.get("versions") or {}, other.about.get("versions") or {}
     every = sorted(set(versions[0]) | set(versions[1]))
     found += [f"{name}: {a} and {b}" for name in every if (a := versions[0].get(name)) != (b := versions[1].get(name))]
-    for key, said in (("new_tokens", "output length"), ("prompt_tokens", "prompt tokens"), ("batch", "batch")):
+    for key, said in WORK.items():
         one, two = (stats.median(measured.work[key].dropna().to_numpy(dtype=float)) for measured in (base, other))
-        if one != two:
+        if one != two and not np.isnan([one, two]).all():
             found.append(f"{said}: {one:g} and {two:g} (medians)")
     plans = base.about.get("plan") or {}, other.about.get("plan") or {}
     found += [

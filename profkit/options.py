@@ -39,6 +39,16 @@ def parse_steps(steps: str) -> frozenset[int]:
     return frozenset(chosen)
 
 
+def parse_window(window: str | None) -> tuple[int, int] | None:
+    """Return begin and end in us of a window such as "0-50" ms. Raises InputError if it is none."""
+    if window is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*-\s*(\d+(?:\.\d+)?)\s*", window)
+    if match is None or float(match[1]) >= float(match[2]):
+        raise InputError(f"--event-window {window!r} is no window in ms such as 0-50.")
+    return round(float(match[1]) * 1000), round(float(match[2]) * 1000)
+
+
 def new_directory(model: str) -> Path:
     """Return traces/<model>-<time>, with a number behind it if that is taken."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2]).strip("-.") or "model"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import pandas as pd
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -49,15 +50,24 @@ def report(run: SampleRun) -> Iterator[Table | str]:
         each = (f"{name.removesuffix('_ms').replace('_', ' ')} {value:.2f}" for name, value in figures.items())
         yield f"medians over samples: {', '.join(each)}"
         cached = run.good["cached"].map({True: "warm", False: "cold"}).fillna("unknown").value_counts()
-        if "encoded_again_ms" in good_rows and (again := good_rows[good_rows["encoded_again_ms"] > 0]).size:
-            lost = f"{len(again)} samples were encoded twice, {again['encoded_again_ms'].mean():.2f} ms lost in each"
-            yield f"[yellow]{lost}; the first: {escape(again['notes'].iloc[0][-1])}[/yellow]"
+        yield from _notes(good_rows)
         yield f"files before they were loaded: {', '.join(f'{count} {name}' for name, count in cached.items())}"
     for row in run.bad.head(MOST_ERRORS).to_dict(orient="records"):
         said = row["error"] if row["error"].startswith(row["id"]) else f"{row['id']}: {row['error']}"
         yield f"[yellow]{escape(said)}[/yellow]"
     if len(run.bad) > MOST_ERRORS:
         yield f"[yellow]… and {len(run.bad) - MOST_ERRORS} more in error[/yellow]"
+
+
+def _notes(good: pd.DataFrame) -> Iterator[str]:
+    """Yield what was encoded twice, and what else must be known of the samples."""
+    again = good[good["encoded_again_ms"] > 0]
+    if len(again):
+        lost = f"{len(again)} samples were encoded twice, at a median of {again['encoded_again_ms'].median():.2f} ms"
+        yield f"[yellow]{lost}[/yellow]"
+    noted = good[good["notes"].str.len() > 0]
+    if len(noted):
+        yield f"[yellow]{len(noted)} samples have notes; the first: {escape(noted['notes'].iloc[0][0])}[/yellow]"
 
 
 def _breakdown(run: SampleRun) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,15 @@ class Sample:
     processor: Any
     model: nn.Module
     max_new_tokens: int
+    event_window_us: tuple[int, int] | None = None
+    """Of an event stream, the part to take, counted from its first event."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the figures must know of the inputs."""
+
+    @property
+    def media_items(self) -> int:
+        """How many images or frames the model is shown."""
+        return int(getattr(self.processor, "frames", len(self.paths)))
 
     def load(self) -> Any:
         """Read and decode the files. Raises InputError naming the one that cannot be."""
@@ -140,12 +149,18 @@ class EventSample(Sample):
     """An event stream, drawn as frames for EventGPT."""
 
     def load(self) -> event_streams.EventStream:
-        """Read the events."""
+        """Read the events, of which the window is taken; a stream longer than EventGPT admits has a note."""
         found = event_streams.read_stream(self.paths[0])
-        if found.length_us >= event_streams.EVENTGPT_LIMIT_US:
-            raise InputError(
-                f"The event stream {self.paths[0]} lasts {found.length_us / 1e3:.0f} ms, and EventGPT takes less than "
-                f"{event_streams.EVENTGPT_LIMIT_US // 1000} ms: cut a part out with profkit.event_streams.cut()."
+        if self.event_window_us is not None:
+            found = found.between(*self.event_window_us)
+            if not len(found):
+                first, last = (one / 1e3 for one in self.event_window_us)
+                raise InputError(f"There are no events between {first:g} and {last:g} ms in {self.paths[0]}.")
+        limit_ms = event_streams.EVENTGPT_LIMIT_US // 1000
+        if found.length_us >= event_streams.EVENTGPT_LIMIT_US and not self.notes:
+            self.notes.append(
+                f"the event stream {self.paths[0].name} lasts {found.length_us / 1e3:.0f} ms, and EventGPT's own code "
+                f"refuses {limit_ms} ms and more: --event-window 0-{limit_ms - 1} takes a part"
             )
         return found
 
@@ -172,6 +187,7 @@ def sample_for(
     prompt: str | None,
     max_new_tokens: int,
     check: bool = True,
+    event_window_us: tuple[int, int] | None = None,
 ) -> Sample:
     """Return the sample of some files that suits a processor; without files, of what ships with profkit.
 
@@ -184,11 +200,13 @@ def sample_for(
         given = SUFFIXES.get(path.suffix.lower(), "images")
         if given != media:
             raise InputError(f"{path} is not {_a(WORDS[media])}, which is what {type(model).__name__} takes here.")
+    if event_window_us is not None and media != "events":
+        raise InputError(f"--event-window is for event streams, and {type(model).__name__} takes none.")
     if media in ("videos", "events") and len(files) > 1:
         raise InputError(f"{type(model).__name__} takes one {WORDS[media]}, got {len(files)}.")
     paths = list(files) or ([default_file(media)] if media else [])
     question = DEFAULT_PROMPT.format(WORDS[media or "images"]) if prompt is None else prompt
-    sample = KINDS[media or "images"](paths, question, processor, model, max_new_tokens)
+    sample = KINDS[media or "images"](paths, question, processor, model, max_new_tokens, event_window_us)
     if check:
         sample.load()
     return sample

@@ -42,6 +42,7 @@ class Plan:
     warmup: int = 1
     granularity: Granularity = "layer"
     seed: int | None = 0
+    event_window_us: tuple[int, int] | None = None
     fail_fast: bool = False
     resume: bool = False
     progress: Progress = lambda done, total, failed: None
@@ -121,7 +122,9 @@ def _rows(model: nn.Module, processor: Any, items: Sequence[Item], plan: Plan) -
         if not item.error:
             with _errors_in(row):
                 prompt = plan.prompt or item.prompt
-                sample = samples.sample_for(processor, model, item.files, prompt, plan.max_new_tokens, check=False)
+                sample = samples.sample_for(
+                    processor, model, item.files, prompt, plan.max_new_tokens, False, plan.event_window_us
+                )
                 tracing = tracing or _warm(model, sample, plan)
                 row |= _measured(tracing, sample)
         row["wall_ms"] = (time.perf_counter() - begin) * 1000
@@ -158,6 +161,7 @@ def _measured(tracing: Tracing, sample: samples.Sample) -> dict[str, Any]:
     repeats = (tracing.encoded or {}).get("repeats", [])
     return {
         **_figures(spans, call_dict(tracing.calls[0])),
+        "media_items": sample.media_items,
         "notes": [*tracing.faults, *(f"encoded twice: {one['sentence']}" for one in repeats)],
         "encoded_again_ms": sum(one["lost_ms"] for one in repeats),
     }

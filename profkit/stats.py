@@ -28,12 +28,12 @@ def median_index(values: Sequence[float]) -> int:
     return int(np.argsort(np.asarray(values), kind="stable")[(len(values) - 1) // 2])
 
 
-RESAMPLES, CONFIDENCE = 2000, 0.95
+RESAMPLES, CONFIDENCE = 5000, 0.95
 
 
-def median_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the median; NaN of fewer than three values."""
-    return _interval((values,), lambda a, axis: np.median(a, axis=axis), paired=False)
+def median_interval(values: np.ndarray, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Return the bootstrap interval of the median; NaN of fewer than three values."""
+    return _interval((values,), lambda a, axis: np.median(a, axis=axis), confidence)
 
 
 def median_ratio(base: np.ndarray, other: np.ndarray, paired: bool) -> float:
@@ -43,14 +43,16 @@ def median_ratio(base: np.ndarray, other: np.ndarray, paired: bool) -> float:
     return median(other / base) if paired else median(other) / median(base)
 
 
-def ratio_interval(base: np.ndarray, other: np.ndarray, paired: bool) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of median_ratio(); NaN of fewer than three values on either side."""
+def ratio_interval(
+    base: np.ndarray, other: np.ndarray, paired: bool, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """Return the bootstrap interval of median_ratio(); NaN of fewer than three values on either side."""
     if paired:
-        return median_interval(other / base) if len(base) else (float("nan"), float("nan"))
-    return _interval((base, other), lambda a, b, axis: np.median(b, axis=axis) / np.median(a, axis=axis), paired=False)
+        return median_interval(other / base, confidence) if len(base) else (float("nan"), float("nan"))
+    return _interval((base, other), lambda a, b, axis: np.median(b, axis=axis) / np.median(a, axis=axis), confidence)
 
 
-def _interval(samples: tuple[np.ndarray, ...], statistic: Callable[..., Any], paired: bool) -> tuple[float, float]:
+def _interval(samples: tuple[np.ndarray, ...], statistic: Callable[..., Any], confidence: float) -> tuple[float, float]:
     """Return a percentile bootstrap interval (scipy.stats.bootstrap), with a seed of its own so that it can be
     repeated."""
     if min(map(len, samples)) < 3:
@@ -61,8 +63,8 @@ def _interval(samples: tuple[np.ndarray, ...], statistic: Callable[..., Any], pa
         samples,
         statistic,
         n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        paired=paired,
+        confidence_level=confidence,
+        paired=False,
         method="percentile",
         vectorized=True,
         rng=np.random.default_rng(0),

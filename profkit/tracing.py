@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -37,6 +37,9 @@ DEFAULT_STEPS = frozenset(range(5))
 
 class Sample(Protocol):
     """Inputs that are loaded, preprocessed and transferred as part of the measurement."""
+
+    notes: list[str]
+    """What a reader of the figures must know of them."""
 
     def load(self) -> Any:
         """Read and decode the input files."""
@@ -105,14 +108,40 @@ def trace(
         raise InputError("trace() takes either generate_kwargs or a sample, not both and not neither.")
     with preserved_random_state():
         tracing = Tracing(model, sample, {**(generate_kwargs or {}), **(options or {})}, anatomy, parts, what)
-        result = tracing.run(dict(manifest or {}))
+        tracing.prepare()
+        for number in range(what.repeat):
+            tracing.repeat(number)
+        result = tracing.finished(dict(manifest or {}))
     if target is not None:
         result.save(target, force)
     return result
 
 
+def trace_together(cases: Sequence[tuple[nn.Module, Mapping[str, Any] | Sample]], **plan: Any) -> list[Run]:
+    """Measure several models repeat by repeat in turn, and return a run for each: what compare() can hold in pairs.
+
+    What a machine does in the meantime (other work, clocks that rise and fall) falls on all of them alike, so that
+    small differences show which runs made one after the other would drown. A case is a model with its generate()
+    arguments or with a sample; a model may stand in several. `plan` as in trace(). Raises what trace() raises.
+    """
+    what = Plan(**plan)
+    if what.profile:
+        kineto.refuse_other_profilers()
+    with preserved_random_state():
+        tracings = []
+        for model, given in cases:
+            kwargs, sample = (dict(given), None) if isinstance(given, Mapping) else ({}, given)
+            tracings.append(Tracing(unwrapped(model), sample, kwargs, None, None, what))
+        for one in tracings:
+            one.prepare()
+        for number in range(what.repeat):
+            for one in tracings if number % 2 == 0 else reversed(tracings):
+                one.repeat(number)
+        return [one.finished({"together": f"{tracings[0].started_unix_ns}-{os.getpid()}"}) for one in tracings]
+
+
 class Tracing:
-    """One trace(): runs the passes in order and puts the Run together."""
+    """One trace(): prepare(), each repeat(), and finished(), which puts the Run together."""
 
     def __init__(
         self,
@@ -135,22 +164,28 @@ class Tracing:
         self.calls: list[Call] = []
         self.faults: list[str] = []
         self.encoded: dict[str, Any] | None = None
+        self.passes: list[Pass] = []
+        self.started_unix_ns = time.time_ns()
 
-    def run(self, manifest: dict[str, Any]) -> Run:
-        """Make every pass of the plan and return the run."""
-        started_ms = int(time.time() * 1000)
+    def prepare(self) -> None:
+        """Find the parts and warm up."""
         if not self.parts_are_known:
             self.plan.progress("finding the parts")
             self.find_parts()
         for number in range(self.plan.warmup):
             self.plan.progress(f"warm-up {number + 1} of {self.plan.warmup}")
             self.control()
-        passes: list[Pass] = []
-        for number in range(self.plan.repeat):
-            self.plan.progress(f"repeat {number + 1} of {self.plan.repeat}")
-            # In alternation, and in alternating order (ABBA), so that drift falls on both alike.
-            pair = (self.control, self.clean) if number % 2 == 0 else (self.clean, self.control)
-            passes += [measure() for measure in pair]
+
+    def repeat(self, number: int) -> None:
+        """Make one clean pass beside a control."""
+        self.plan.progress(f"repeat {number + 1} of {self.plan.repeat}")
+        # In alternation, and in alternating order (ABBA), so that drift falls on both alike.
+        pair = (self.control, self.clean) if number % 2 == 0 else (self.clean, self.control)
+        self.passes += [measure() for measure in pair]
+
+    def finished(self, manifest: dict[str, Any]) -> Run:
+        """Check the passes, make the profiled one, and return the run."""
+        passes, started_ms = self.passes, self.started_unix_ns // 1_000_000
         clean = [one.spans for one in passes if one.spans is not None]
         checks: dict[str, Any] = {"sums": "exact", "repaired": vars(clean[0].repair), "encoded": self.encoded}
         for spans in clean:
@@ -247,7 +282,8 @@ class Tracing:
                     output, elapsed = self._generate(self._prepared(ledger))
         self.tokens[kind].append(_cpu(sequences(output)))
         self.calls += instrument.calls
-        self.faults += ledger.faults
+        notes = self.sample.notes if self.sample is not None else []
+        self.faults += [*ledger.faults, *(one for one in notes if one not in self.faults)]
         return elapsed
 
     def _prepared(self, ledger: Ledger | None = None) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from profkit.comparison import Measured, compare, gap, gate, unlike
 from profkit.errors import InputError
 
 
-def measured(name="a", ids=None, about=None, new_tokens=10, prompt_tokens=100, **stages_ms) -> Measured:
+def measured(name="a", ids=None, about=None, new_tokens=10, prompt_tokens=100, media=1, **stages_ms) -> Measured:
     times = pd.DataFrame(stages_ms)
-    work = pd.DataFrame({"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": 1}, index=times.index)
+    work = pd.DataFrame(
+        {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": 1, "media_items": media}, index=times.index
+    )
     return Measured(name, about or {}, times, work, ids)
 
 

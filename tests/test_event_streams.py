@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profkit import event_streams, samples
+from profkit import event_streams, options, samples
 from profkit.errors import InputError
 from profkit.event_streams import EventStream, cut, frame, frames, from_frames, read_stream, slices
 
@@ -110,16 +110,24 @@ def test_too_few_events_for_the_frames():
         frames(EventStream(*(np.arange(3),) * 3, np.arange(3) > 0))
 
 
-def test_a_long_stream_is_refused_with_the_cure_and_can_be_cut(tmp_path):
+def test_a_long_stream_is_noted_and_a_window_of_it_can_be_taken(tmp_path):
     path = write_npz(tmp_path / "long.npz", t=np.linspace(0, 250_000, 10).astype(np.int64))
     sample = samples.EventSample([path], "?", None, None, 1)
-    with pytest.raises(InputError, match=r"lasts 250 ms, and EventGPT takes less than 100 ms: cut"):
-        sample.load()
+    assert len(sample.load()) == len(sample.load()) == 10
+    (note,) = sample.notes
+    assert "lasts 250 ms" in note and "--event-window 0-99" in note
     part = cut(path, tmp_path / "part.npz", 0, 99_000)
     assert part.length_us < 100_000
     assert len(samples.EventSample([tmp_path / "part.npz"], "?", None, None, 1).load()) == len(part) == 4
+    windowed = samples.EventSample([path], "?", None, None, 1, options.parse_window("0-99"))
+    assert len(windowed.load()) == 4 and windowed.notes == []
     with pytest.raises(InputError, match="no events between"):
         cut(path, tmp_path / "none.npz", 300_000, 400_000)
+    with pytest.raises(InputError, match=r"no events between 300 and 400\.5 ms"):
+        samples.EventSample([path], "?", None, None, 1, options.parse_window("300 - 400.5")).load()
+    for wrong in ("50", "50-20", "a-b", "-5-10"):
+        with pytest.raises(InputError, match="is no window in ms"):
+            options.parse_window(wrong)
 
 
 def test_the_camera_model_gives_an_event_a_step_of_log_intensity():

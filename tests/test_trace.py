@@ -13,7 +13,7 @@ import torch
 from builders import small_llava, tiny_llava
 
 import profkit
-from profkit import chrome, samples, stages, tables
+from profkit import chrome, comparison, samples, stages, tables, tracing
 from profkit.errors import InputError, MeasurementError
 from profkit.events import Kind
 from profkit.kineto import Session
@@ -310,3 +310,20 @@ def test_a_session_closes_the_ranges_that_an_interrupt_left_open():
     names = [event["name"] for event in json.loads(session.export())["traceEvents"] if event["ph"] == "X"]
     assert "profkit:7" in names
     assert not torch._C._autograd._profiler_enabled()
+
+
+def test_models_measured_in_turn_are_compared_in_pairs():
+    model, kwargs = small_llava()
+    other, _ = small_llava()
+    one, two = tracing.trace_together([(model, kwargs), (other, kwargs)], repeat=4, profile=False, warmup=0)
+    assert one.manifest["together"] == two.manifest["together"]
+    assert [len(run.clean) for run in (one, two)] == [4, 4]
+    # In turn, and each pair in the other order: 1 2, 2 1, 1 2, 2 1.
+    begins = [[int(spans.marks.host_ns[0]) for spans in run.clean] for run in (one, two)]
+    assert [a < b for a, b in zip(*begins, strict=True)] == [True, False, True, False]
+    measured = [comparison.of_run(run) for run in (one, two)]
+    assert measured[0].ids == measured[1].ids
+    ratios = measured[1].times["prefill"] / measured[0].times["prefill"]
+    assert comparison.compare(*measured).loc["prefill", "ratio"] == pytest.approx(ratios.median())
+    alone = comparison.of_run(profkit.trace(model, kwargs, repeat=3, profile=False))
+    assert alone.ids is None
