@@ -22,7 +22,7 @@ from profkit.run import write_directory
 
 MS = 1e6
 COLLECTIVE = re.compile(r"(?i)nccl|rccl")
-RANK_IN_NAME = re.compile(r"(?i)rank[_-]?(\d+)")
+RANK_IN_NAME = re.compile(r"(?i)(?<![a-z])rank[_-]?(\d+)")
 SUFFIXES = (".json", ".json.gz")
 
 
@@ -79,7 +79,7 @@ def analyze(path: Path, captures: Sequence[Attributed] = ()) -> Analysis:
     trace, events, forest = found.trace, found.trace.events, found.forest
     known = [Capture(one.trace.events, one.owners, one.forest) for one in (found, *captures)]
     owners, graphs = explained(events, found.owners, known)
-    occupied = occupancy(events, owners.launch)
+    occupied = occupancy(events, owners.launch, owners.begun_ns())
     checks = trust.checks(trace, owners, occupied, forest)
     tables = {
         "devices": _device_table(trace, occupied),
@@ -96,7 +96,7 @@ def analyze(path: Path, captures: Sequence[Attributed] = ()) -> Analysis:
     first, last = (int(events.start_ns[timed].min()), int(events.end_ns[timed].max())) if timed.any() else (0, 0)
     told = trace.header.get("baseTimeNanoseconds")
     base = int(told) if isinstance(told, int | float) else 0
-    rank, world = _rank(trace.header)
+    rank, world = _rank(trace.header, path)
     scopes = _scopes(trace, owners)
     devices = _device_names(trace.header)
     unix = (base + first, base + last)
@@ -114,11 +114,14 @@ def _scopes(trace: chrome.Trace, owners: Owners) -> str:
     return ", ".join(kinds) or "none: no operator, annotation or module was recorded"
 
 
-def _rank(header: Mapping[str, Any]) -> tuple[int | None, int | None]:
+def _rank(header: Mapping[str, Any], path: Path) -> tuple[int | None, int | None]:
+    """Return a file's rank and how many there are, as far as the file, or else its name, tells."""
     told = header.get("distributedInfo")
     told = told if isinstance(told, dict) else {}
     rank, world = told.get("rank"), told.get("world_size")
-    return rank if isinstance(rank, int) else None, world if isinstance(world, int) else None
+    named = RANK_IN_NAME.search(path.name)
+    rank = rank if isinstance(rank, int) else int(named[1]) if named else None
+    return rank, world if isinstance(world, int) else None
 
 
 def _device_names(header: Mapping[str, Any]) -> dict[str, str]:
@@ -260,7 +263,7 @@ def rank_table(analyses: Sequence[Analysis]) -> pd.DataFrame:
     rows = []
     for one in sorted(ranks, key=lambda one: one.rank or 0):
         devices, stages = one.tables["devices"], one.tables["stages"]
-        launches = int(stages.loc[stages["stage"] == device_tables.ALL, "launches"].max()) if len(stages) else 0
+        launches = int(stages.loc[stages["stage"] == device_tables.ALL, "launches"].sum()) if len(stages) else 0
         sums = devices[["kernels", "busy_ms", "sum_ms", "idle_ms", "collective_ms"]].sum().to_dict()
         span = devices["span_ms"].max() if len(devices) else 0.0
         rows.append({"rank": str(one.rank), "file": one.path.name, **sums, "launches": launches, "span_ms": span})

@@ -22,7 +22,9 @@ from profkit.spans import Spans
 RANGE_PREFIX = "profkit:"
 """Ranges that the profiled pass opens are named by the mark they belong to: `profkit:<mark>`."""
 
-LAUNCH_NAME = re.compile(r"(?i)launch.*kernel|launchcooperative|graphlaunch|memcpy|memset")
+BEGINNING_NS = -(1 << 62)
+"""Before every time there is, and far enough from the end of 64 bits to be subtracted from."""
+LAUNCH_NAME = re.compile(r"(?i)launch.*kernel|kernel.*launch|launchcooperative|graphlaunch|memcpy|memset")
 GRAPH_LAUNCH_NAME = re.compile(r"(?i)graphlaunch")
 
 
@@ -89,6 +91,10 @@ class Owners:
     launch: np.ndarray
     replayed: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     operators: Sequence[str] = ()
+
+    def begun_ns(self) -> np.ndarray:
+        """Return for each event when its step began on the host; the beginning of time for those of no step."""
+        return np.append(self.scopes.step_start_ns, BEGINNING_NS)[self.step]
 
     def level(self) -> np.ndarray:
         """Return for each event how far down its owner reaches: Levels."""

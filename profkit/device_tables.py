@@ -84,7 +84,7 @@ def operator_table(events: Events, owners: Owners, forest: Forest, counted: np.n
     rows = forest.rows
     kernels, device_ns = _launched_inside(events, owners, forest)
     keys = [events.name[rows], events.kind[rows], owners.stage[rows], owners.scope[rows]]
-    first, calls, sums = _grouped(keys, forest.duration_ns, forest.self_ns(), kernels, device_ns)
+    first, calls, sums = _grouped(keys, np.maximum(forest.duration_ns, 0), forest.self_ns(), kernels, device_ns)
     order = np.argsort(-sums[1], kind="stable")
     name, kind, stage, scope = (key[first][order] for key in keys)
     total_ns, self_ns, kernels, device_ns = (one[order] for one in sums)
@@ -123,45 +123,58 @@ def stage_table(events: Events, owners: Owners, occupied: Occupancy) -> pd.DataF
     """Return a row for each device and stage, and one of `all`, in the stages' order.
 
     Columns: device, stage, steps (in which it occurs), kernels, launches (calls on the host), launches_per_step (in
-    decode: a token of each sequence), busy_ms (union of the
-    stage's events on the device), sum_ms (over streams), idle_ms and its parts (before each of the stage's events:
+    decode: a token of each sequence), busy_ms (union of the stage's events on the device), sum_ms (over streams),
+    idle_ms and its parts (before each of the stage's events: idle_before_ms, the step had not begun on the host;
     idle_host_ms, the launch had not been called; idle_launch_ms, it was on its way; idle_wait_ms, it waited for
-    something else;
-    idle_unknown_ms), delay_p50_us, delay_p90_us, delay_p99_us (start of a kernel less that of its launch call),
-    verdict, evidence.
+    something else; idle_unknown_ms), delay_p50_us, delay_p90_us, delay_p99_us (start of a kernel less that of its
+    launch call), verdict, evidence.
     """
     names, columns = [*owners.scopes.stages, OUTSIDE], list(STAGE_COLUMNS)
     stage = np.where(owners.stage >= 0, owners.stage, len(names) - 1)
     rows = []
     launching = is_launch(events)
+    aims_at = _devices_of_launches(events, owners, occupied)
     for device, label in enumerate(events.devices):
         on_device = occupied.device == device
         mine = occupied.row[on_device]
         present = [one for one in range(len(names)) if (stage[mine] == one).any()]
         for one in [*present, None] if len(mine) else []:
             chosen = on_device if one is None else on_device & (stage[occupied.row] == one)
-            called = launching if one is None else launching & (stage == one)
+            called = launching & (aims_at == device)
+            called = called if one is None else called & (stage == one)
             entry = {"device": label, "stage": ALL if one is None else names[one]}
-            rows.append(entry | _stage_row(events, owners, occupied, chosen, called))
+            rows.append(entry | _stage_row(events, owners, occupied, chosen, called, one is None))
     return pd.DataFrame(rows, columns=columns)
 
 
+def _devices_of_launches(events: Events, owners: Owners, occupied: Occupancy) -> np.ndarray:
+    """Return for each launch the device that its event ran on; of those without one, the only device there is."""
+    used = np.unique(occupied.device)
+    found = np.full(len(events), used[0] if len(used) == 1 else NOTHING)
+    known = owners.launch[occupied.row] >= 0
+    found[owners.launch[occupied.row[known]]] = occupied.device[known]
+    return found
+
+
+IDLE = ("before", "host", "launch", "wait", "unknown")
 STAGE_COLUMNS = (
     *("device", "stage", "steps", "kernels", "launches", "launches_per_step", "busy_ms", "sum_ms", "idle_ms"),
-    *("idle_host_ms", "idle_launch_ms", "idle_wait_ms", "idle_unknown_ms"),
+    *("idle_before_ms", "idle_host_ms", "idle_launch_ms", "idle_wait_ms", "idle_unknown_ms"),
     *("delay_p50_us", "delay_p90_us", "delay_p99_us", "verdict", "evidence"),
 )
 
 
 def _stage_row(
-    events: Events, owners: Owners, occupied: Occupancy, chosen: np.ndarray, called: np.ndarray
+    events: Events, owners: Owners, occupied: Occupancy, chosen: np.ndarray, called: np.ndarray, whole: bool
 ) -> dict[str, object]:
     mine = np.zeros(len(events), dtype=bool)
     mine[occupied.row[chosen]] = True
     steps = owners.step[occupied.row[chosen]]
     count = len(np.unique(steps[steps >= 0]))
     delay_us = occupied.delay_ns[chosen & occupied.leads] / US
-    parts = {name: int(getattr(occupied, f"{name}_ns")[chosen].sum()) for name in ("host", "launch", "wait", "unknown")}
+    parts = {name: int(getattr(occupied, f"{name}_ns")[chosen].sum()) for name in IDLE}
+    if whole:
+        parts["host"], parts["before"] = parts["host"] + parts["before"], 0
     busy = int(busy_ns(events, mine))
     verdict, evidence = _verdict(occupied, chosen, busy, parts)
     return {
@@ -184,7 +197,8 @@ def _verdict(occupied: Occupancy, chosen: np.ndarray, busy: int, parts: dict[str
     kernels, leads = int(chosen.sum()), int((chosen & occupied.leads).sum())
     if 2 * leads < kernels and parts["unknown"] > parts["host"] + parts["launch"]:
         return "unknown", f"the launches of {kernels - leads} of {kernels} kernels were not recorded"
-    span = max(busy + sum(parts.values()), 1)
+    # What the device waited before the stage's step began is nothing that the stage could have used.
+    span = max(busy + sum(parts.values()) - parts["before"], 1)
     idle, wait = (parts["host"] + parts["launch"]) / span, parts["wait"] / span
     starved = int((chosen & occupied.starved).sum()) / leads if leads else 0.0
     said = (
@@ -218,7 +232,7 @@ def step_table(events: Events, owners: Owners, occupied: Occupancy) -> pd.DataFr
         "busy_ms": np.asarray(busy_ns(events, np.ones(len(events), dtype=bool), owners.step, size)) / MS,
         "sum_ms": _sum_by(step[of_step], events.length_ns[occupied.row[of_step]], size) / MS,
     }
-    for part in ("host", "launch", "wait", "unknown"):
+    for part in IDLE:
         table[f"idle_{part}_ms"] = _sum_by(step[of_step], getattr(occupied, f"{part}_ns")[of_step], size) / MS
     return pd.DataFrame(table)
 

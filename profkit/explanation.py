@@ -38,7 +38,7 @@ def explain(spans: Spans, events: Events, within: np.ndarray) -> Explanation:
     owners = owners_in(spans, events)
     counted = ~is_range(events)
     forest = nest(events, events.is_kind(*OPERATOR_KINDS) & counted)
-    occupied = occupancy(events, owners.launch)
+    occupied = occupancy(events, owners.launch, owners.begun_ns())
     recorded = _steps_by_stage(owners, counted)
     operators = _with_steps(operator_table(events, owners, forest, counted), recorded)
     missing, expected = missing_ranges(spans, events, within)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -25,6 +26,13 @@ class Capture:
     events: Events
     owners: Owners
     forest: Forest
+
+    @cached_property
+    def operator_around(self) -> np.ndarray:
+        """For each event on the host the row of the innermost operator around it, NOTHING for none."""
+        rows, result = self.forest.rows, np.full(len(self.events), NOTHING)
+        result[rows] = np.append(rows, NOTHING)[self.forest.nearest(self.events.kind[rows] == Kind.OPERATOR)]
+        return result
 
 
 @dataclass(frozen=True)
@@ -89,15 +97,29 @@ def explained(events: Events, owners: Owners, captures: Sequence[Capture]) -> tu
     known = f"those with names have {', '.join(map(str, sizes))} launches" if sizes else "none names its launches"
     notes = []
     for names, each in replays.items():
-        matching = next((graph for graph in graphs if graph.names == names), None)
+        matching = [graph for graph in graphs if graph.names == names]
+        alike = len({_told(graph) for graph in matching}) == 1
         times = f", replayed {len(each)} times" if len(each) > 1 else ""
-        if matching is not None:
-            owners = _taken_over(owners, np.concatenate(each), len(each), matching)
+        if matching and not alike:
+            said = f"not split, {len(matching)} captures have these kernels, in different modules"
+            notes.append(f"a graph of {len(names)} kernels{times}: {said}")
+        elif matching:
+            owners = _taken_over(owners, np.concatenate(each), len(each), matching[0])
             notes.append(f"a graph of {len(names)} kernels{times}: names and order equal those of its capture")
         else:
             said = f"not split, no capture proves it ({len(graphs)} seen; {known})"
             notes.append(f"a graph of {len(names)} kernels{times}: {said}")
     return owners, notes
+
+
+def _told(graph: Captured) -> tuple[tuple[str, str], ...]:
+    """Return the scope and the operator of each launch of a captured graph."""
+    then = graph.capture.owners
+    paths = [then.scopes.paths[one] if one >= 0 else "" for one in then.scope[graph.rows].tolist()]
+    operators = graph.capture.operator_around[graph.rows]
+    events = graph.capture.events
+    names = [events.names[events.name[one]] if one >= 0 else "" for one in operators.tolist()]
+    return tuple(zip(paths, names, strict=True))
 
 
 def _replays(events: Events, owners: Owners) -> dict[tuple[str, ...], list[np.ndarray]]:
@@ -123,19 +145,16 @@ def _taken_over(owners: Owners, rows: np.ndarray, times: int, graph: Captured) -
     """Return owners in which kernels, so many replays of a graph, have its launches' scopes and operators."""
     capture, then = graph.capture, graph.capture.owners
     base = len(owners.scopes.paths)
-    launches = np.tile(graph.rows, times)
-    used, which = np.unique(then.scope[launches], return_inverse=True)
+    used, which = np.unique(then.scope[np.tile(graph.rows, times)], return_inverse=True)
     paths = [then.scopes.paths[one] if one >= 0 else "" for one in used.tolist()]
     levels = np.append(then.scopes.levels, NOTHING)[used]
     scope, why = owners.scope.copy(), owners.why.copy()
     told = used[which] >= 0
     scope[rows[told]] = base + which[told]
     why[rows[told]] = Why.CAPTURED
-    position = np.full(len(capture.events), NOTHING)
-    position[capture.forest.rows] = np.arange(len(capture.forest))
-    nearest = capture.forest.nearest(capture.events.kind[capture.forest.rows] == Kind.OPERATOR)[position[launches]]
-    has_operator = nearest >= 0
-    names = capture.events.name[capture.forest.rows[nearest[has_operator]]].tolist()
+    around = np.tile(capture.operator_around[graph.rows], times)
+    has_operator = around >= 0
+    names = capture.events.name[around[has_operator]].tolist()
     return replace(
         owners,
         scopes=replace(

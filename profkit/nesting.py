@@ -30,15 +30,14 @@ class Forest:
     def self_ns(self) -> np.ndarray:
         """Return each event's duration less that of the events directly inside it.
 
-        A child that a coarse clock lets end after its parent takes from it only what lies inside.
+        A child that a coarse clock lets end after its parent takes from it only what lies inside; a negative duration
+        counts as none.
         """
-        own = self.duration_ns.copy()
+        own = np.maximum(self.duration_ns, 0)
         child = np.flatnonzero(self.parent >= 0)
         around = self.parent[child]
-        end = np.minimum(
-            self.start_ns[child] + self.duration_ns[child], self.start_ns[around] + self.duration_ns[around]
-        )
-        np.subtract.at(own, around, end - self.start_ns[child])
+        end = np.minimum(self.start_ns[child] + np.maximum(self.duration_ns[child], 0), (self.start_ns + own)[around])
+        np.subtract.at(own, around, np.maximum(end - self.start_ns[child], 0))
         return own
 
     def overhanging(self) -> int:

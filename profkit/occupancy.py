@@ -45,18 +45,18 @@ class Occupancy:
     """One row for each device event, in order of device and start.
 
     `row` is its position among the events; `busy_ns` what it adds to its device's busy time (nothing while
-    another ran already); the idle time right before it, in four parts that sum to it: `host_ns`, its launch had not
-    been called;
-    `launch_ns`, the launch was on its way; `wait_ns`, it had been launched but waited for something else (a stream, an
-    event, its place in a graph); `unknown_ns`, its launch was not recorded. `delay_ns` is its start less that of its
-    launch
-    call, for the first event of each launch (`leads`), and 0 elsewhere; `starved` tells that its device had nothing
-    left to do when its launch was called.
+    another ran already); the idle time right before it, in five parts that sum to it: `before_ns`, its step had not
+    begun on the host; `host_ns`, it had, but the launch had not been called; `launch_ns`, the launch was on its way;
+    `wait_ns`, it had been launched but waited for something else (a stream, an event, its place in a graph);
+    `unknown_ns`, its launch was not recorded. `delay_ns` is its start less that of its launch call, for the first event
+    of each launch (`leads`), and 0 elsewhere; `starved` tells that its device had nothing left to do when its launch
+    was called.
     """
 
     row: np.ndarray
     device: np.ndarray
     busy_ns: np.ndarray
+    before_ns: np.ndarray
     host_ns: np.ndarray
     launch_ns: np.ndarray
     wait_ns: np.ndarray
@@ -68,11 +68,14 @@ class Occupancy:
     @property
     def idle_ns(self) -> np.ndarray:
         """The idle time right before each event."""
-        return self.host_ns + self.launch_ns + self.wait_ns + self.unknown_ns
+        return self.before_ns + self.host_ns + self.launch_ns + self.wait_ns + self.unknown_ns
 
 
-def occupancy(events: Events, launch: np.ndarray) -> Occupancy:
+def occupancy(events: Events, launch: np.ndarray, begun_ns: np.ndarray) -> Occupancy:
     """Return when the devices of `events` were busy and why they were not; `launch` is that of Owners.
+
+    `begun_ns` says for each event when its step began on the host (Owners.begun_ns()): what the device waited before,
+    it did not wait for this step.
 
     The part of a gap that counts as launch is bounded by the usual way of a launch: the median delay of those whose
     device had nothing else to do. What a kernel waited beyond that, though launched, is wait.
@@ -80,7 +83,7 @@ def occupancy(events: Events, launch: np.ndarray) -> Occupancy:
     rows = np.flatnonzero(events.is_kind(*DEVICE))
     if not len(rows):
         none, never = np.empty(0, dtype=np.int64), np.empty(0, dtype=bool)
-        return Occupancy(none, none, none, none, none, none, none, never, none, never)
+        return Occupancy(none, none, none, none, none, none, none, none, never, none, never)
     order, free_from = _covered(events.start_ns[rows], events.duration_ns[rows], events.device[rows])
     row = rows[order]
     start, end = events.start_ns[row], events.start_ns[row] + np.maximum(events.duration_ns[row], 0)
@@ -94,12 +97,14 @@ def occupancy(events: Events, launch: np.ndarray) -> Occupancy:
     usual = int(np.median(delay[starved & (delay >= 0)])) if (starved & (delay >= 0)).any() else 0
     host = np.clip(called - free_from, 0, gap)
     rest = gap - host
+    before = np.clip(np.minimum(called, begun_ns[row]) - free_from, 0, host)
     on_its_way = np.clip(np.minimum(start, called + usual) - np.maximum(free_from, called), 0, rest)
     return Occupancy(
         row=row,
         device=events.device[row],
         busy_ns=np.maximum(end - np.maximum(start, free_from), 0),
-        host_ns=np.where(known, host, 0),
+        before_ns=np.where(known, before, 0),
+        host_ns=np.where(known, host - before, 0),
         launch_ns=np.where(known, on_its_way, 0),
         wait_ns=np.where(known, rest - on_its_way, 0),
         unknown_ns=np.where(known, 0, gap),

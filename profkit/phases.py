@@ -15,10 +15,30 @@ from profkit.nesting import Forest
 NAMES = ("prefill", "decode", "mixed")
 PREFILL, DECODE, MIXED = range(3)
 
-WORDS = {
-    PREFILL: re.compile(r"(?i)(?<![a-z])(?:prefill|extend)(?![a-z]|_(?!step|forward|batch)[a-z])"),
-    DECODE: re.compile(r"(?i)(?<![a-z])decode(?![a-z]|_(?!step|forward|batch|token)[a-z])"),
-}
+WORD = re.compile(r"[a-z]+", re.IGNORECASE)
+PHASE_OF_WORD = {"prefill": PREFILL, "extend": PREFILL, "decode": DECODE}
+BESIDE = frozenset(
+    (
+        *(
+            "step",
+            "steps",
+            "forward",
+            "batch",
+            "token",
+            "tokens",
+            "phase",
+            "stage",
+            "pass",
+            "iter",
+            "iteration",
+            "loop",
+        ),
+        *("run", "execute", "model", "runner", "llm", "lm", "generate", "generation", "engine", "worker", "graph"),
+        *("capture", "replay", "cuda", "hip", "gpu", "bs", "toks", "seq", "seqs", "len", "only", "first", "next"),
+        *("the", "of", "a", "with", "eager", "static", "chunked", "full", "chunk", "request", "requests"),
+    )
+)
+"""Words that a range may have beside that of its phase. Images, audio and tokens' text are decoded too."""
 BATCH = re.compile(r"execute_(?:\d+_)?context_(\d+)\b.*_generation_(\d+)\b")
 """How vLLM names a batch: how many of its requests read their prompts, how many generate."""
 GENERATE_FRAME = re.compile(r"generation/utils\.py\(\d+\): generate$")
@@ -62,8 +82,10 @@ def phase_of(name: str) -> int:
     if batch := BATCH.search(name):
         reading, generating = int(batch[1]) > 0, int(batch[2]) > 0
         return MIXED if reading and generating else PREFILL if reading else DECODE if generating else NOTHING
-    said = [phase for phase, word in WORDS.items() if word.search(name)]
-    return said[0] if len(said) == 1 else NOTHING
+    words = [word.lower() for word in WORD.findall(name)]
+    said = {PHASE_OF_WORD[word] for word in words if word in PHASE_OF_WORD}
+    others = {word for word in words if word not in PHASE_OF_WORD}
+    return said.pop() if len(said) == 1 and others <= BESIDE else NOTHING
 
 
 def _by_annotation(events: Events, forest: Forest) -> Phases | None:

@@ -24,7 +24,7 @@ NOT_JSON = re.compile(rb":\s*-?(?:nan|NaN|inf|Infinity)\b")
 END = re.compile(rb"\}\s*\]\s*\}?\s*\Z")
 CONTROL = bytes.maketrans(bytes(range(32)), b" " * 32)
 NESTING_TRIED = 8
-SAMPLE = 31
+SAMPLE, MANY = 31, 10_000
 
 
 class Args(msgspec.Struct, gc=False):
@@ -154,8 +154,8 @@ class EventTexts:
             return found
         if max(map(attrgetter("ts"), found)) < EXACT_US:
             return found
-        # Three in four times with nanoseconds show a fraction even as floats: a sample tells.
-        if not any(event.ts % 1 or event.dur % 1 for event in found[::SAMPLE]):
+        # Three in four times with nanoseconds show a fraction even as floats: of many, a sample tells.
+        if not any(event.ts % 1 or event.dur % 1 for event in found[:: SAMPLE if len(found) > MANY else 1]):
             return found
         self._decode = msgspec.json.Decoder(list[ExactEvent]).decode  # type: ignore[assignment]
         return self._decode(b"".join((b"[", text, b"]")))

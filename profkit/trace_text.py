@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from profkit.analysis import Analysis
-from profkit.device_tables import ALL, OUTSIDE
+from profkit.device_tables import ALL, IDLE, OUTSIDE
 from profkit.run import plain
 
 MOST_STEPS = 12
@@ -70,7 +70,8 @@ def _devices(devices: pd.DataFrame) -> Table:
 
 
 def _stages(stages: pd.DataFrame) -> Table:
-    idle = ("host not ready", "launch", "wait", "unknown")
+    known = [name for name in IDLE if name != "before" or stages["idle_before_ms"].any()]
+    idle = [{"host": "host not ready", "before": "before the step"}.get(name, name) for name in known]
     table = _table(
         "stage",
         "device",
@@ -85,7 +86,7 @@ def _stages(stages: pd.DataFrame) -> Table:
     )
     for row in stages.to_dict(orient="records"):
         delays = "–" if pd.isna(row["delay_p50_us"]) else f"{row['delay_p50_us']:.1f} … {row['delay_p99_us']:.1f}"
-        parts = (row[f"idle_{name}_ms"] for name in ("host", "launch", "wait", "unknown"))
+        parts = (row[f"idle_{name}_ms"] for name in known)
         a_step = "–" if pd.isna(row["launches_per_step"]) else f"{row['launches_per_step']:.0f}"
         counts = (str(row["steps"]), str(row["kernels"]), a_step)
         times = map(_ms, (row["busy_ms"], row["idle_ms"], *parts))

@@ -11,12 +11,15 @@ import numpy as np
 
 from profkit.attribution import Owners, is_launch
 from profkit.chrome import Trace
-from profkit.events import DEVICE, NOTHING, Events, Kind
+from profkit.events import DEVICE, NOTHING, Events, Kind, kind_of
 from profkit.graphs import in_capture
 from profkit.nesting import Forest
 from profkit.occupancy import Occupancy, overlapping
 
 COPY_NAME = re.compile(r"(?i)memcpy|memset")
+NO_WORK = ("Trace", "trace")
+"""Categories of frames around everything: the profiler's own row from begin to end."""
+LIKE_DEVICE = re.compile(r"(?i)kernel|memcpy|memset|device|npu|gpu|tpu|xla|hpu|mtia")
 FLOW_CATEGORIES = ("ac2g", "async_cpu_to_gpu", "async")
 
 
@@ -100,9 +103,22 @@ def _of_file(trace: Trace) -> Iterator[Check]:
         )
     if damage.cut_short:
         yield Check("end of the file", False, 1, 1, f"the file ends before its list of events does{said}")
+    yield from _unknown(trace.events)
     pairs = _phase(trace.others, "B") + _phase(trace.others, "E")
     if pairs:
         yield Check("begin and end events", False, pairs, size, "events of phases B and E are not read")
+
+
+def _unknown(events: Events) -> Iterator[Check]:
+    """Yield what categories profkit does not know: their events stand in no table."""
+    times = np.bincount(events.category, minlength=len(events.categories))
+    unknown = {name: int(count) for name, count in zip(events.categories, times, strict=True) if count}
+    unknown = {name: count for name, count in unknown.items() if kind_of(name) is Kind.OTHER and name not in NO_WORK}
+    if unknown:
+        listed = ", ".join(f"{name or 'none'} {count}" for name, count in sorted(unknown.items())[:5])
+        doubt = False if any(LIKE_DEVICE.search(name) for name in unknown) else None
+        said = f"events of categories that profkit does not know, in no table: {listed}"
+        yield Check("categories", doubt, sum(unknown.values()), len(events), said)
 
 
 def _of_flows(trace: Trace, owners: Owners) -> Iterator[Check]:

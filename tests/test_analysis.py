@@ -112,6 +112,38 @@ def test_of_several_captures_the_right_one_is_taken(tmp_path):
     assert found.tables["kernels"]["path"].tolist() == ["Layer_0", "Layer_1", "Layer_2"]
 
 
+def test_captures_that_disagree_prove_nothing(tmp_path):
+    """Two graphs of equal kernels, of a draft and of its target model."""
+    captures, more = graph_of(["a", "b"]), graph_of(["a", "b"], begin=1000)
+    for one in more.events:
+        one["name"] = one["name"].replace("Layer", "Draft")
+        one["args"]["correlation"] = one["args"].get("correlation", 0) + 500
+    captures.events += more.events
+    capture = analysis.attributed(captures.write(tmp_path / "capture.json"))
+    found = analysis.analyze(replay(["a", "b"]).write(tmp_path / "replay.json"), [capture])
+    assert found.graphs == ["a graph of 2 kernels: not split, 2 captures have these kernels, in different modules"]
+    assert set(found.tables["kernels"]["path"]) == {""}
+    again = analysis.attributed(graph_of(["a", "b"]).write(tmp_path / "again.json"))
+    agreeing = analysis.attributed(graph_of(["a", "b"]).write(tmp_path / "other.json"))
+    found = analysis.analyze(tmp_path / "replay.json", [again, agreeing])
+    assert found.tables["kernels"]["path"].tolist() == ["Layer_0", "Layer_1"]
+
+
+def test_launches_of_other_makers_and_categories_nobody_knows(tmp_path):
+    made = HandMade()
+    made.kernel(made.launch(0, name="urEnqueueKernelLaunch"), 5, 2)
+    made.launch(10, name="urEnqueueKernelLaunch")
+    made.kernel(0, 20, 2, category="npu_kernel")
+    made.host("frame", 0, 5, "Trace")
+    checks = {one.name: one for one in analysis.analyze(made.write(tmp_path / "a.json")).checks}
+    assert (checks["kernels of launches"].count, checks["kernels of launches"].total) == (1, 2)
+    assert checks["categories"].ok is False and checks["categories"].sentence.endswith("in no table: npu_kernel 1")
+    made = HandMade()
+    made.host("something", 0, 5, "my_category")
+    checks = {one.name: one for one in analysis.analyze(made.write(tmp_path / "b.json")).checks}
+    assert checks["categories"].ok is None and checks["categories"].count == 1
+
+
 def test_captured_launches_are_not_missing_kernels(tmp_path):
     found = analysis.analyze(graph_of(["a", "b"]).write(tmp_path / "capture.json"))
     assert "kernels of launches" not in [one.name for one in found.checks if one.ok is False]
@@ -133,6 +165,14 @@ def test_ranks_have_rows_and_a_spread(tmp_path):
     assert table["kernels"].tolist() == [2, 3, pytest.approx(1 / 2.5)]
     assert table["busy_ms"].tolist()[:2] == pytest.approx([0.008, 0.012])
     assert len(analysis.rank_table(found[:1])) == 0
+
+
+def test_ranks_that_only_names_tell(tmp_path):
+    made = HandMade()
+    made.kernel(made.launch(0), 5, 2)
+    found = [analysis.analyze(made.write(tmp_path / name)) for name in ("rank0.json", "trace_rank-1.json", "a.json")]
+    assert [one.rank for one in found] == [0, 1, None]
+    assert analysis.rank_table(found[:2])["rank"].tolist() == ["0", "1", "spread"]
 
 
 def test_what_a_directory_stands_for(tmp_path):

@@ -113,6 +113,13 @@ def test_nanoseconds_since_1970_are_exact():
     assert chrome.parse(text).events.start_ns.tolist() == [1712195495519689047]
 
 
+def test_one_fraction_among_whole_microseconds_is_exact():
+    text = '{"ph":"X","name":"a","ts":1700000000000000,"dur":1},' * 40
+    text += '{"ph":"X","name":"b","ts":1700000000000010.100,"dur":0.220}'
+    events = chrome.parse(f'{{"traceEvents":[{text}]}}'.encode()).events
+    assert events.start_ns[-1] == 1700000000000010100 and events.duration_ns[-1] == 220
+
+
 # -- damage ------------------------------------------------------------------------------------------
 
 

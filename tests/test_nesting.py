@@ -81,6 +81,11 @@ def test_the_innermost_interval_around_a_time_equals_the_plain_definition(rows, 
     assert found == expected
 
 
+def test_a_negative_duration_takes_nothing():
+    forest = nest(events_of([("around", 0, 100, 1), ("broken", 50, -30, 1)]))
+    assert forest.self_ns().tolist() == [100, 0]
+
+
 def test_a_child_rounded_past_its_parent_takes_only_what_lies_inside():
     # parent 0..10, child 4..11 (a clock rounded to µs): 10 - (10 - 4) = 4
     forest = nest(events_of([("parent", 0, 10, 0), ("child", 4, 7, 0)]))

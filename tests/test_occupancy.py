@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from profkit import chrome
-from profkit.attribution import launches
+from profkit.attribution import BEGINNING_NS, launches
 from profkit.device_tables import stage_table, step_table
 from profkit.events import DEVICE
 from profkit.foreign import owners_of
@@ -28,7 +28,7 @@ def test_union_equals_the_ticks_that_are_covered(rows):
 @given(programs())
 def test_busy_and_idle_time_partition_each_devices_span(made):
     events = chrome.parse(made.text()).events
-    found = occupancy(events, launches(events))
+    found = occupancy(events, launches(events), np.full(len(events), BEGINNING_NS))
     for device, label in enumerate(events.devices):
         mine = [one for one in made.kernels if str(one.device) == label]
         covered = {tick for one in mine for tick in range(one.start, one.start + one.duration)}
@@ -61,7 +61,7 @@ def table_of(made: HandMade):
     trace = chrome.parse(made.text())
     forest = nest(trace.events, ~trace.events.is_kind(*DEVICE))
     owners, _ = owners_of(trace, forest)
-    found = occupancy(trace.events, owners.launch)
+    found = occupancy(trace.events, owners.launch, owners.begun_ns())
     return stage_table(trace.events, owners, found), step_table(trace.events, owners, found), found
 
 
@@ -83,6 +83,34 @@ def test_idle_time_has_its_causes():
     prefill = stages[stages["stage"] == "prefill"].iloc[0]
     assert (prefill["kernels"], prefill["launches"]) == (3, 3)
     assert steps[["phase", "kernels", "launches"]].to_numpy().tolist() == [["prefill", 3, 3]]
+
+
+def test_what_a_device_waited_before_a_step_is_not_the_steps():
+    """A second in which the host reads a file, then a prefill in which the device never waits."""
+    made = HandMade()
+    made.kernel(made.launch(0), 10, 5)
+    made.host("prefill", 1_000_200, 500, "user_annotation")
+    begins = 1_000_300
+    for number in range(20):
+        made.kernel(made.launch(1_000_210 + 3 * number), begins, 1000)
+        begins += 1000
+    stages, steps, _ = table_of(made)
+    prefill, whole = (stages[stages["stage"] == name].iloc[0] for name in ("prefill", "all"))
+    assert prefill["verdict"] == "device-bound"
+    assert prefill["idle_before_ms"] == pytest.approx((1_000_200 - 15) / 1e3)
+    assert prefill["idle_host_ms"] == steps["idle_host_ms"][0] == pytest.approx(0.010)
+    assert whole["idle_before_ms"] == 0 and whole["idle_host_ms"] == pytest.approx((1_000_210 - 15) / 1e3)
+    assert whole["verdict"] != "device-bound"
+
+
+def test_each_device_has_its_own_launches():
+    made = HandMade()
+    for number in range(10):
+        made.kernel(made.launch(10 * number), 10 * number + 5, 4, device=0)
+    for number in range(2):
+        made.kernel(made.launch(10 * number + 3), 10 * number + 8, 4, device=1)
+    stages, _, _ = table_of(made)
+    assert stages.set_index("device")["launches"].to_dict() == {"0": 10, "1": 2}
 
 
 def kernels_every(step: int, duration: int, ahead: int, count: int = 40) -> HandMade:

@@ -33,7 +33,7 @@ def test_counts_totals_busy_time_owners_and_self_times_equal_the_plain_definitio
     sums = kernels.groupby("name").agg(count=("count", "sum"), total_ms=("total_ms", "sum"))
     measured = {name: (row["count"], round(row["total_ms"] * 1e6)) for name, row in sums.iterrows()}
     assert measured == plain.kernels_by_name()
-    occupied = analysis.occupancy(events, owners.launch)
+    occupied = analysis.occupancy(events, owners.launch, owners.begun_ns())
     busy = {
         device: int(occupied.busy_ns[occupied.device == number].sum()) for number, device in enumerate(events.devices)
     }

@@ -56,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     plan = {"repeat": options.repeat, "profile": False, "seed": 0, "granularity": "stage"}
     one, same, slowed = case(), case(), case()
-    slow_down(slowed[0].model.multi_modal_projector, options.slower / 100)
+    slow_down(slowed[0].get_submodule("model.multi_modal_projector"), options.slower / 100)
 
     seen: dict[str, list[Any]] = {"identical": [], "slowed": [], "apart": []}
     for number in range(options.pairs):
