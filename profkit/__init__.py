@@ -16,12 +16,19 @@ if TYPE_CHECKING:
     from profkit.capture import profile
     from profkit.inspection import inspect
     from profkit.run import Run, load
-    from profkit.tracing import trace
+    from profkit.tracing import trace, trace_together
 
 __version__ = "0.1.0"
-__all__ = ["Run", "inspect", "load", "profile", "trace"]
+__all__ = ["Run", "inspect", "load", "profile", "trace", "trace_together"]
 
-_HOMES = {"inspect": "inspection", "profile": "capture", "trace": "tracing", "load": "run", "Run": "run"}
+_HOMES = {
+    "inspect": "inspection",
+    "profile": "capture",
+    "trace": "tracing",
+    "trace_together": "tracing",
+    "load": "run",
+    "Run": "run",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 
 from profkit.errors import InputError
 
-FIELDS = ("x", "y", "t", "p")
+FIELDS, SENSOR = ("x", "y", "t", "p"), ("height", "width")
 BLUE_OR_RED = np.array([[0, 0, 255, 255], [255, 0, 0, 255]], dtype=np.uint8).view(np.uint32).ravel()
 EVENTGPT_FRAMES = 5
 EVENTGPT_LIMIT_US = 100_000
@@ -48,7 +48,8 @@ class EventStream:
 def read_stream(path: Path, sensor: tuple[int, int] | None = None) -> EventStream:
     """Return the events of a file: .npz with arrays x, y, t, p, or the .npy that EventGPT's data come in.
 
-    The latter holds a pickled dict; nothing but numpy arrays is unpickled. `sensor` is (height, width), if known.
+    The latter holds a pickled dict; nothing but numpy arrays is unpickled. `sensor` is (height, width), if known; a
+    file may tell it by scalars of these names.
     Raises InputError for a file that is missing or damaged, for no events, events out of order or off the sensor.
     """
     try:
@@ -59,12 +60,14 @@ def read_stream(path: Path, sensor: tuple[int, int] | None = None) -> EventStrea
         found = _from_npy(content) if content[:6] == b"\x93NUMPY" else _from_npz(content)
     except (ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is no event stream (.npz or .npy with x, y, t, p): {error}.") from error
+    if sensor is None and "height" in found:
+        sensor = int(found["height"]), int(found["width"])
     return _checked(path, found, sensor)
 
 
 def _from_npz(content: bytes) -> Mapping[str, Any]:
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in FIELDS}
+        return _known(arrays)
 
 
 def _from_npy(content: bytes) -> Mapping[str, Any]:
@@ -78,7 +81,13 @@ def _from_npy(content: bytes) -> Mapping[str, Any]:
     value = found.item() if isinstance(found, np.ndarray) and found.shape == () else found
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, not a dict")
-    return {name: np.asarray(value[name]) for name in FIELDS}
+    return _known(value)
+
+
+def _known(found: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return the columns of a file, and the sensor's size if it tells both scalars."""
+    names = (*FIELDS, *(SENSOR if all(name in found and np.size(found[name]) == 1 for name in SENSOR) else ()))
+    return {name: np.asarray(found[name]) for name in names}
 
 
 class _ArraysOnly(pickle.Unpickler):

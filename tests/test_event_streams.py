@@ -82,6 +82,10 @@ def test_coordinates_beyond_a_known_sensor(tmp_path):
     assert len(read_stream(path)) == 10
     with pytest.raises(InputError, match=r"Event 2 .* is at x 640, y 2, off the sensor of 640 by 480"):
         read_stream(path, sensor=(480, 640))
+    with np.load(path) as arrays:
+        np.savez(tmp_path / "told.npz", height=480, width=640, **arrays)
+    with pytest.raises(InputError, match="off the sensor of 640 by 480"):
+        read_stream(tmp_path / "told.npz")
 
 
 streams = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5), st.booleans()), min_size=1, max_size=60)

@@ -17,6 +17,7 @@ def write_video(path: Path, count: int) -> Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width = stream.height = 32
+        container.start_encoding()
         for number in range(count):
             frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 20 * number, dtype=np.uint8), format="rgb24")
             container.mux(stream.encode(frame))
@@ -47,6 +48,11 @@ def test_files_that_are_no_videos(tmp_path):
     (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 3])
     with pytest.raises(InputError):
         videos.read_frames(tmp_path / "cut.mp4", 8)
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    with pytest.raises(InputError, match="not a video that can be decoded"):
+        videos.read_frames(tmp_path / "empty.mp4", 8)
+    with pytest.raises(InputError, match="has no frames"):
+        videos.read_frames(write_video(tmp_path / "no_time.avi", 0), 8)
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16000)
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
