@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from profkit import __version__, cli_reading, text
+from profkit import __version__, checks, cli_reading, text
 from profkit.command import Command, model_options, quiet_libraries
 from profkit.errors import InputError, InterruptedRunError, MeasurementError
 from profkit.options import new_directory, parse_parts, parse_steps, parse_window, rank_here
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from profkit.sample_lists import Item
     from profkit.sample_runs import SampleRun
     from profkit.samples import Sample
+    from profkit.verdicts import Verdict
 
 DEFAULT_MODEL = "tiny-llava"
 
@@ -52,6 +53,7 @@ for command in (cli_reading.analyze, cli_reading.compare):
 @click.option("--seed", type=int, default=0, help="Random state of every pass.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: traces/<model>-<time>]")
 @click.option("--force", is_flag=True, help="Replace the run in --out.")
+@click.option("--strict", is_flag=True, help="Exit with status 1 if the run fails a check.")
 @click.option(
     "--samples",
     "listed",
@@ -88,8 +90,9 @@ def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_js
         click.echo(json.dumps(text.as_dict(run, saved), indent=1, allow_nan=False))
     else:
         _print_report(run, saved)
-    if failed := text.failed_checks(run):
-        raise MeasurementError(f"The run is saved, but these checks failed: {'; '.join(failed)}.")
+    if options["strict"] and (failed := checks.failed(run)):
+        named = "; ".join(f"{one.check} ({text.figure(one)})" for one in failed)
+        raise MeasurementError(f"The run is saved, but these checks failed: {named}.")
 
 
 def _trace_samples(name: str, out: Path | None, as_json: bool, options: dict[str, Any]) -> None:
@@ -175,6 +178,73 @@ def inspect_command(arguments: tuple[str, ...], model: str | None, as_json: bool
     console = Console(highlight=False)
     for part in text.anatomy_report(found, parts, abilities):
         console.print(part)
+
+
+@cli.command(cls=Command, context_settings={"show_default": True})
+@click.argument("arguments", nargs=-1, metavar="MODEL|RUN [INPUTS]...")
+@model_options
+@click.option("--max-new-tokens", type=click.IntRange(2), default=8)
+@click.option("--repeat", type=click.IntRange(3), default=15, help="Repeats, and pairs of every experiment.")
+@click.option("--seed", type=int, default=0, help="Random state of every pass.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: traces/<model>-<time>]")
+@click.option("--force", is_flag=True, help="Replace the run in --out.")
+def verify(arguments: tuple[str, ...], model: str | None, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Show whether a run's figures can be trusted: every check with what was measured and what is allowed.
+
+    Of a saved RUN what it can tell; of a MODEL (as profkit trace takes it) experiments too: the same tokens with and
+    without probes, media encoded alone and generate() from their features against what was attributed, and known
+    delays put into one part after the other. Exit status 1 if a check fails.
+
+    Example: profkit verify tiny-llava
+    """
+    name, inputs = _named(arguments, model)
+    if model is None and not inputs and (Path(name) / "run.json").is_file():
+        from profkit import run as runs
+
+        result, found = runs.load(name), checks.verdicts(runs.load(name))
+    else:
+        with Console(stderr=True).status("starting") as status:
+            result, found = _verified(name, inputs, out, options, status.update)
+    if as_json:
+        click.echo(json.dumps(text.verdicts_as_dict(found), indent=1, allow_nan=False))
+    else:
+        console = Console(highlight=False)
+        console.print(text.headline(result))
+        console.print(text.verdict_table(found))
+        if result.path:
+            console.print(f"Run: {escape(str(result.path))}", soft_wrap=True)
+    if failed := [one.check for one in found if one.ok is False]:
+        raise MeasurementError(f"{len(failed)} of {len(found)} checks failed: {', '.join(failed)}.")
+
+
+def _verified(
+    name: str, inputs: Sequence[str], out: Path | None, options: dict[str, Any], progress: Any
+) -> tuple[Run, list[Verdict]]:
+    """Trace a model, make the experiments, and return the run, saved, and every verdict."""
+    target = out or new_directory(name)
+    quiet_libraries()
+    progress("importing torch and transformers")
+    from profkit import run, tracing, verification
+
+    run.check_target(target, options["force"])
+    loaded = _load(name, options, progress)
+    sample = _sample(loaded, inputs, options)
+    generate_options = _generate_options(loaded, options)
+    kwargs = {**(tracing.prepared(sample) if sample else loaded.generate_kwargs or {}), **generate_options}
+    result = tracing.trace(
+        loaded.model,
+        loaded.generate_kwargs,
+        sample=sample,
+        options=generate_options,
+        manifest={"model": name, "weights": "random" if loaded.random_weights else "as loaded"},
+        parts=parse_parts(options["part"]),
+        repeat=options["repeat"],
+        seed=options["seed"],
+        progress=progress,
+    )
+    found = verification.verify(loaded.model, kwargs, result, options["repeat"], progress)
+    result.save(target, options["force"])
+    return result, found
 
 
 def _inspect(name: str, inputs: Sequence[str], options: dict[str, Any], progress: Any) -> tuple[Any, Any, list[Any]]:

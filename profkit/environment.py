@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import StatisticsError, fmean
 from typing import Any
 
 import torch
@@ -62,6 +65,31 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine() if device.type == "cpu" else str(device)
+
+
+def machine_now() -> dict[str, float]:
+    """Return what the machine has done so far: wall_s, own_s (of this process), and, on Linux, of all cores busy_s
+    and stolen_s (by the host of a virtual machine), and frequency_mhz."""
+    found = {"wall_s": time.monotonic(), "own_s": time.process_time()}
+    with suppress(OSError, ValueError, IndexError):
+        user, nice, system, _, _, irq, softirq, steal, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
+        ticks = os.sysconf("SC_CLK_TCK")
+        found |= {"busy_s": (user + nice + system + irq + softirq) / ticks, "stolen_s": steal / ticks}
+    with suppress(OSError, ValueError, StatisticsError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found["frequency_mhz"] = fmean(float(one.partition(":")[2]) for one in lines if one.startswith("cpu MHz"))
+    return found
+
+
+def modules_of(model: nn.Module) -> dict[str, int]:
+    """Return which object stands at each path of a model."""
+    return {path: id(module) for path, module in model.named_modules()}
+
+
+def graphs_compiled() -> int:
+    """Return how many graphs torch.compile() has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo is not None else 0
 
 
 def _version(package: str) -> str | None:

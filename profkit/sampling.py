@@ -152,7 +152,7 @@ def _warm(model: nn.Module, sample: samples.Sample, plan: Plan) -> Tracing:
 
 def _measured(tracing: Tracing, sample: samples.Sample) -> dict[str, Any]:
     """Run one sample and return its figures; nothing of it stays behind."""
-    tracing.sample, tracing.calls, tracing.faults = sample, [], []
+    tracing.sample, tracing.calls, tracing.faults, tracing.notes = sample, [], [], []
     for kept in tracing.tokens.values():
         kept.clear()
     spans = tracing.clean().spans
@@ -162,7 +162,7 @@ def _measured(tracing: Tracing, sample: samples.Sample) -> dict[str, Any]:
     return {
         **_figures(spans, call_dict(tracing.calls[0])),
         "media_items": sample.media_items,
-        "notes": [*tracing.faults, *(f"encoded twice: {one['sentence']}" for one in repeats)],
+        "notes": [*tracing.faults, *tracing.notes, *(f"encoded twice: {one['sentence']}" for one in repeats)],
         "encoded_again_ms": sum(one["lost_ms"] for one in repeats),
     }
 

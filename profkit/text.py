@@ -14,7 +14,9 @@ from rich.table import Table
 
 from profkit import stages
 from profkit.anatomy import Anatomy
+from profkit.checks import kept_verdicts
 from profkit.run import Run, plain
+from profkit.verdicts import Verdict
 
 
 def report(run: Run) -> Iterator[Table | str]:
@@ -182,38 +184,66 @@ def cost_lines(run: Run) -> Iterator[str]:
 
 
 def check_lines(run: Run) -> Iterator[str]:
-    """Yield the checks' results, and what the instrument has to confess."""
-    checks = run.manifest.get("checks", {})
-    same = {True: "[green]equal[/green]", False: "[red]DIFFERENT[/red]", None: "not comparable"}
-    if "same_tokens" in checks:
-        yield f"tokens with and without the instrument: {same[checks['same_tokens']]}"
-    if "trace" in checks:
-        yield f"torch's trace validator: {escape(str(checks['trace']))}"
-    if any(checks.get("repaired", {}).values()):
-        yield f"[yellow]marks mended: {checks['repaired']}[/yellow]"
-    encoded = checks.get("encoded") or {}
-    for one in encoded.get("repeats", []):
-        yield f"[yellow]encoded twice: {escape(one['sentence'])}[/yellow]"
+    """Yield what the checks found, what failed first, and what the instrument has to confess."""
+    found = kept_verdicts(run)
+    for one in found:
+        if one.ok is False:
+            yield f"[red]FAILED[/red] {escape(one.check)}: {escape(figure(one))}: {escape(one.sentence)}"
+    passed = [one.check for one in found if one.ok]
+    if passed:
+        yield f"[green]passed[/green] {len(passed)} checks: {escape(_grouped(passed))}"
+    for one in found:
+        if one.ok is None and one.allowed == one.allowed:
+            yield f"[yellow]open: {escape(one.check)}: {escape(figure(one))}: {escape(one.sentence)}[/yellow]"
+    encoded = run.manifest.get("checks", {}).get("encoded") or {}
     if encoded.get("not_compared"):
         yield f"{encoded['not_compared']} calls of a tower could not be compared: their inputs were changed or let go"
-    for one in checks.get("profile", []):
-        if one["ok"] is False:
-            said = f"{one['name']}: {one['count']} of {one['total']}: {one['sentence']}"
-            yield f"[yellow]doubt about the profile: {escape(said)}[/yellow]"
-    for note in (*run.anatomy.notes, *run.manifest.get("faults", [])):
+    for note in notes(run):
         yield f"[yellow]note: {escape(note)}[/yellow]"
 
 
-def failed_checks(run: Run) -> list[str]:
-    """Return a sentence for each check that the run failed."""
-    checks = run.manifest.get("checks", {})
-    failed = []
-    if checks.get("same_tokens") is False:
-        failed.append("tokens with and without the instrument differ")
-    verdict = str(checks.get("trace", "passed"))
-    if verdict != "passed" and not verdict.startswith("not checked"):
-        failed.append(f"torch's trace validator: {verdict}")
-    return failed
+def notes(run: Run) -> list[str]:
+    """Return what a reader must know beside the verdicts."""
+    return [*run.anatomy.notes, *run.manifest.get("notes", []), *run.manifest.get("faults", [])]
+
+
+def figure(one: Verdict) -> str:
+    """Return what was measured and the bound, with their unit."""
+    measured, allowed = (
+        f"{value:.2%}" if one.unit == "" else f"{value:g} {one.unit}" for value in (one.measured, one.allowed)
+    )
+    bound = f" (at most {allowed})" if one.allowed == one.allowed else ""
+    return ("unknown" if one.measured != one.measured else measured) + bound
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> Table:
+    """Return every verdict: the check, what was measured, what is allowed, and what it means."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    table.add_column("check")
+    table.add_column("measured (at most)", justify="right")
+    table.add_column("", overflow="fold")
+    marks = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "[dim]–[/dim]"}
+    for one in verdicts:
+        table.add_row(marks[one.ok], escape(one.check), escape(figure(one)), escape(one.sentence))
+    return table
+
+
+def verdicts_as_dict(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Return verdicts as plain values; unknown figures are null."""
+    counts = {name: sum(one.ok is ok for one in verdicts) for name, ok in (("passed", True), ("failed", False))}
+    return plain(
+        {**counts, "open": sum(one.ok is None for one in verdicts), "verdicts": [asdict(one) for one in verdicts]}
+    )
+
+
+def _grouped(checks: Sequence[str]) -> str:
+    """Return names of checks, those of one group behind its name."""
+    groups: dict[str, list[str]] = {}
+    for name in checks:
+        group, _, rest = name.partition(": ")
+        groups.setdefault(group, []).append(rest)
+    return "; ".join(f"{group} ({', '.join(rest)})" if rest[0] else group for group, rest in groups.items())
 
 
 def as_dict(run: Run, path: Path | None = None) -> dict[str, Any]:
@@ -232,7 +262,7 @@ def as_dict(run: Run, path: Path | None = None) -> dict[str, Any]:
             "dilation": run.dilation().rename_axis("stage").reset_index().to_dict(orient="records"),
             "checks": run.manifest.get("checks", {}),
             "anatomy": run.anatomy.to_dict(),
-            "notes": [*run.anatomy.notes, *run.manifest.get("faults", [])],
+            "notes": notes(run),
         }
     )
 

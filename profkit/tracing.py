@@ -18,6 +18,7 @@ from torch import nn
 from profkit import annotate, attribution, capture, environment, inspection, kineto, structure, tracks, validation
 from profkit import run as runs
 from profkit.anatomy import Anatomy, PartNames
+from profkit.checks import verdicts
 from profkit.clock import DeviceClock
 from profkit.environment import device_of, preserved_random_state, random_state, restore_random_state
 from profkit.errors import InputError, MeasurementError, ProfkitError
@@ -117,6 +118,12 @@ def trace(
     return result
 
 
+def prepared(sample: Sample) -> dict[str, Any]:
+    """Return the arguments of generate() that a sample becomes."""
+    loaded = sample.load()
+    return dict(sample.transfer(sample.preprocess(loaded, lambda name: nullcontext())))
+
+
 def trace_together(cases: Sequence[tuple[nn.Module, Mapping[str, Any] | Sample]], **plan: Any) -> list[Run]:
     """Measure several models repeat by repeat in turn, and return a run for each: what compare() can hold in pairs.
 
@@ -163,6 +170,10 @@ class Tracing:
         self.tokens: dict[str, list[torch.Tensor | None]] = {"control": [], "clean": [], "profiled": []}
         self.calls: list[Call] = []
         self.faults: list[str] = []
+        self.notes: list[str] = []
+        self.modules: dict[str, int] = {}
+        self.graphs = 0
+        self.machine: dict[str, Any] = {}
         self.encoded: dict[str, Any] | None = None
         self.passes: list[Pass] = []
         self.started_unix_ns = time.time_ns()
@@ -175,6 +186,8 @@ class Tracing:
         for number in range(self.plan.warmup):
             self.plan.progress(f"warm-up {number + 1} of {self.plan.warmup}")
             self.control()
+        self.modules, self.graphs = environment.modules_of(self.model), environment.graphs_compiled()
+        self.machine = {"cores": os.cpu_count(), "before": environment.machine_now()}
 
     def repeat(self, number: int) -> None:
         """Make one clean pass beside a control."""
@@ -186,10 +199,10 @@ class Tracing:
     def finished(self, manifest: dict[str, Any]) -> Run:
         """Check the passes, make the profiled one, and return the run."""
         passes, started_ms = self.passes, self.started_unix_ns // 1_000_000
+        self.machine["after"] = environment.machine_now()
         clean = [one.spans for one in passes if one.spans is not None]
-        checks: dict[str, Any] = {"sums": "exact", "repaired": vars(clean[0].repair), "encoded": self.encoded}
-        for spans in clean:
-            spans.check()
+        repaired = {name: max(vars(spans.repair)[name] for spans in clean) for name in vars(clean[0].repair)}
+        checks: dict[str, Any] = {"repaired": repaired, "encoded": self.encoded, "changed": self._changed()}
         inputs = {} if self.sample is not None else environment.hashes(self.kwargs)
         about = {**environment.describe(self.model), "started_unix_ms": started_ms, "inputs": inputs}
         result = Run(
@@ -204,8 +217,17 @@ class Tracing:
         result.manifest["calls"] = [capture.call_dict(self.calls[0])]
         result.manifest["tokens"] = _token_list(self.tokens["clean"][0])
         result.manifest["checks"] = {**result.manifest.get("checks", {}), **checks}
-        result.manifest["faults"] = self.faults
+        result.manifest |= {"faults": self.faults, "notes": self.notes, "machine": self.machine}
+        result.manifest["checks"]["verdicts"] = [asdict(one) for one in verdicts(result)]
         return result
+
+    def _changed(self) -> list[str]:
+        """Return which modules were exchanged since the warm-up, and what was compiled since."""
+        now = environment.modules_of(self.model)
+        every = {**self.modules, **now}
+        found = [path for path in every if self.modules.get(path) != now.get(path)]
+        compiled = environment.graphs_compiled() - self.graphs
+        return [*found, *([f"{compiled} graphs compiled"] if compiled else [])]
 
     @cached_property
     def places(self) -> list[Place]:
@@ -219,7 +241,7 @@ class Tracing:
             self.anatomy = inspection.anatomy_for(self.model, kwargs, self.parts)
         except Exception as error:
             # If generate() itself cannot run, the passes will say so; else structure alone must do.
-            self.faults.append(f"parts are known by structure alone: {error}")
+            self.notes.append(f"parts are known by structure alone: {error}")
 
     def _plan_dict(self) -> dict[str, Any]:
         plan = {key: value for key, value in vars(self.plan).items() if key != "progress"}
@@ -246,7 +268,7 @@ class Tracing:
         made = len(result.representative.steps)
         if not self.plan.profile_steps & set(range(made)):
             wanted = ", ".join(map(str, sorted(self.plan.profile_steps)))
-            self.faults.append(f"no profiled pass: of the steps to profile ({wanted}) none is among the {made} seen")
+            self.notes.append(f"no profiled pass: of the steps to profile ({wanted}) none is among the {made} seen")
             return
         self.plan.progress("profiled pass")
         ledger = Ledger(self.scopes)
@@ -282,8 +304,9 @@ class Tracing:
                     output, elapsed = self._generate(self._prepared(ledger))
         self.tokens[kind].append(_cpu(sequences(output)))
         self.calls += instrument.calls
-        notes = self.sample.notes if self.sample is not None else []
-        self.faults += [*ledger.faults, *(one for one in notes if one not in self.faults)]
+        self.faults += ledger.faults
+        given = self.sample.notes if self.sample is not None else []
+        self.notes += [one for one in given if one not in self.notes]
         return elapsed
 
     def _prepared(self, ledger: Ledger | None = None) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "profkit"
 
 FLOORS = {
-    1: {"stages", "errors", "stats"},
+    1: {"stages", "errors", "stats", "verdicts"},
     2: {
         *("ledger", "events", "annotate", "anatomy", "trail", "wrapping", "clock", "environment", "processors"),
-        *("event_streams", "videos", "eventgpt", "options", "encodings"),
+        *("event_streams", "videos", "eventgpt", "options", "encodings", "steadiness"),
     },
     3: {
         *("spans", "pieces", "nesting", "plan", "structure", "stacks", "language", "models", "samples", "validation"),
@@ -25,16 +25,16 @@ FLOORS = {
     5: {"foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"},
     6: {"device_tables", "trust", "dummies"},
     7: {"run", "inspection", "capabilities", "explanation"},
-    8: {"analysis", "text", "capture", "tracing", "sample_runs"},
-    9: {"trace_text", "sample_text", "tracing", "comparison"},
-    10: {"comparison_text", "sampling"},
+    8: {"analysis", "capture", "checks", "sample_runs"},
+    9: {"text", "trace_text", "sample_text", "tracing", "comparison", "invariance", "delays", "decoupled"},
+    10: {"comparison_text", "sampling", "verification"},
     11: {"cli_reading"},
     12: {"cli"},
 }
 WITH_TORCH = {
     *("clock", "environment", "wrapping", "processors", "models", "samples", "plan", "probes", "kineto"),
     *("probing", "dummies", "inspection", "capabilities", "capture", "tracing", "eventgpt", "sampling", "ranks"),
-    *("encodings", "audit"),
+    *("encodings", "audit", "invariance", "delays", "decoupled", "verification"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))

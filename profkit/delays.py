@@ -1,0 +1,185 @@
+"""Known delays, put into one part of a model after the other: each must be found there, and there alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter_ns
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+
+from profkit import stages, stats, tables
+from profkit.anatomy import Anatomy
+from profkit.capture import profile
+from profkit.spans import Spans
+from profkit.verdicts import Verdict, bounded, known
+
+RECOVERED, RECOVERED_MS, LEAKED = 0.02, 0.05, 0.01
+"""A delay is found if the scope's time tells it within this share, or this many ms; the last may leak elsewhere."""
+WAIT_MS, REPEATS = 60.0, 9
+"""All waits of one generate() together, and pairs of runs with and without it."""
+
+
+@dataclass
+class Waits:
+    """What one delayed part did: how long it waited, and how long its own work took meanwhile."""
+
+    waited_ns: int = 0
+    own_ns: int = 0
+
+    def around(self, inner: Callable[..., Any], wait_ns: int) -> Callable[..., Any]:
+        """Return a function that waits, busily, after each call of `inner`."""
+
+        @functools.wraps(inner)
+        def delayed(*args: Any, **kwargs: Any) -> Any:
+            begin = perf_counter_ns()
+            output = inner(*args, **kwargs)
+            done = perf_counter_ns()
+            end = done + wait_ns
+            while (now := perf_counter_ns()) < end:
+                pass
+            self.own_ns += done - begin
+            self.waited_ns += now - done
+            return output
+
+        return delayed
+
+
+class _WaitingProcessor(transformers.LogitsProcessor):
+    """A logits processor that leaves scores alone, and waits."""
+
+    def __init__(self, waits: Waits, wait_ns: int) -> None:
+        self._wait = waits.around(lambda scores: scores, wait_ns)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return self._wait(scores)
+
+
+def delays(
+    model: nn.Module,
+    kwargs: Mapping[str, Any],
+    anatomy: Anatomy,
+    wait_ms: float = WAIT_MS,
+    repeats: int = REPEATS,
+) -> Iterator[Verdict]:
+    """Yield, for tower, projector, a decoder layer, head and a logits processor, how much of a delay was found there.
+
+    Two verdicts each. What was found: the time attributed to the delayed scope, less what the scope's own work took
+    (read inside it), against the time really waited. What leaked: the largest change of any other stage, against runs
+    without the delay, in alternation; its median over `repeats`.
+    """
+    for name, path in _targets(model, anatomy).items():
+        calls = _calls(model, kwargs, anatomy, path)
+        if not calls:
+            yield known(f"delay: {name}", float("nan"), "", f"{path} did not run, so it cannot be delayed")
+            continue
+        yield from _one(model, kwargs, anatomy, name, path, int(wait_ms * 1e6 / calls), repeats)
+
+
+def _targets(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
+    """Return the path of each part to delay; "" stands for a logits processor."""
+    found = {}
+    for name, role in (("vision", "vision_tower"), ("audio", "audio_tower"), ("projector", "projector")):
+        part = next((part for part in anatomy.parts if part.role == role and not part.through), None)
+        if part is not None:
+            found[name] = part.path
+    if layers := anatomy.path("decoder_layers"):
+        names = [name for name, _ in model.get_submodule(layers).named_children()]
+        found["decoder layer"] = f"{layers}.{names[len(names) // 2]}"
+    if head := anatomy.path("lm_head"):
+        found["head"] = head
+    return {**found, "select": ""}
+
+
+def _calls(model: nn.Module, kwargs: Mapping[str, Any], anatomy: Anatomy, path: str) -> int:
+    """Return how often a part runs in one generate(); a logits processor runs as often as the head."""
+    with profile(model, granularity="layer", anatomy=anatomy) as run:
+        model.generate(**kwargs)  # type: ignore[operator]
+    modules = run.modules().set_index("path")["calls"]
+    return int(modules.get(path or str(anatomy.path("lm_head")), 0))
+
+
+def _one(
+    model: nn.Module, kwargs: Mapping[str, Any], anatomy: Anatomy, name: str, path: str, wait_ns: int, repeats: int
+) -> Iterator[Verdict]:
+    found, waited, changes = [], [], []
+    for number in range(repeats):
+        waits = Waits()
+        pair: dict[bool, Spans] = {}
+        for late in (False, True) if number % 2 == 0 else (True, False):
+            with _delayed(model, kwargs, path, waits, wait_ns) if late else _plain(kwargs) as given:
+                pair[late] = _spans(model, given, anatomy)
+        change_ms = (tables.stage_ns(pair[True]) - tables.stage_ns(pair[False])) / tables.MS
+        mine = _stages_of(pair[True], path)
+        found.append(_found_ms(pair[True], path, waits) if path else float(change_ms[stages.INDEX["select"]]))
+        waited.append(waits.waited_ns / tables.MS)
+        changes.append(np.where(mine, 0.0, change_ms))
+    truth = stats.median(waited)
+    # A module's own work is read in every run; what selecting took without the delay only in its pair.
+    missed = stats.median(np.abs(np.array(found) - np.array(waited))) if path else abs(stats.median(found) - truth)
+    allowed = max(RECOVERED * truth, RECOVERED_MS)
+    where = path or "a logits processor"
+    said = f"{stats.median(found):.2f} ms of {truth:.2f} ms waited in {where} were found in its scope"
+    yield bounded(f"delay: {name}", missed, allowed, "ms", said)
+    middle = np.median(np.array(changes), axis=0)
+    worst = int(np.abs(middle).argmax())
+    low, high = stats.median_interval(np.array(changes)[:, worst])
+    said = f"the largest change of another stage, {stages.NAMES[worst]}: {middle[worst]:+.2f} ms"
+    leak = bounded(f"delay: {name}, elsewhere", float(abs(middle[worst])) / truth, LEAKED, "", said)
+    if (high - low) / 2 > LEAKED * truth:
+        said = f"{said} (95 % interval {low:+.2f} to {high:+.2f} ms): too noisy to tell"
+        leak = Verdict(leak.check, None, leak.measured, leak.allowed, leak.unit, said)
+    yield leak
+
+
+def _spans(model: nn.Module, kwargs: Mapping[str, Any], anatomy: Anatomy) -> Spans:
+    with profile(model, granularity="layer", anatomy=anatomy) as run:
+        model.generate(**kwargs)  # type: ignore[operator]
+    return run.representative
+
+
+def _found_ms(spans: Spans, path: str, waits: Waits) -> float:
+    """Return the time attributed to a scope beyond what its own work took."""
+    rows = np.array([scope.path == path for scope in spans.scopes])[spans.scope]
+    return (int(spans.total_ns[rows].sum()) - waits.own_ns) / tables.MS
+
+
+def _stages_of(spans: Spans, path: str) -> np.ndarray:
+    """Return which stages the delayed scope's own time lies in."""
+    if not path:
+        return np.arange(len(stages.STAGES)) == stages.INDEX["select"]
+    scope = np.array([scope.path == path for scope in spans.scopes])[spans.scope]
+    inside = np.append(spans.nearest(scope), -1)[spans.owner] >= 0
+    return np.isin(np.arange(len(stages.STAGES)), spans.stage[inside])
+
+
+@contextmanager
+def _plain(kwargs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield kwargs
+
+
+@contextmanager
+def _delayed(
+    model: nn.Module, kwargs: Mapping[str, Any], path: str, waits: Waits, wait_ns: int
+) -> Iterator[Mapping[str, Any]]:
+    """Delay a module's forward, below the probes, or add a logits processor that waits."""
+    if not path:
+        given = [*kwargs.get("logits_processor", []), _WaitingProcessor(waits, wait_ns)]
+        yield {**kwargs, "logits_processor": transformers.LogitsProcessorList(given)}
+        return
+    module = model.get_submodule(path)
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = waits.around(module.forward, wait_ns)
+    try:
+        yield kwargs
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before

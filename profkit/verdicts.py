@@ -1,0 +1,30 @@
+"""A verdict: a figure that was measured, the bound it must keep, and what that means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer of one check. `ok` is None where the figure cannot tell, or is only to be known.
+
+    `measured` and `allowed` are in `unit`; `allowed` is NaN where there is no bound.
+    """
+
+    check: str
+    ok: bool | None
+    measured: float
+    allowed: float
+    unit: str
+    sentence: str
+
+
+def bounded(check: str, measured: float, allowed: float, unit: str, sentence: str) -> Verdict:
+    """Return the verdict on a figure that must not exceed a bound; unknown if it is NaN."""
+    return Verdict(check, None if measured != measured else measured <= allowed, measured, allowed, unit, sentence)
+
+
+def known(check: str, measured: float, unit: str, sentence: str) -> Verdict:
+    """Return a figure to be known that has no bound."""
+    return Verdict(check, None, measured, float("nan"), unit, sentence)

@@ -1,0 +1,40 @@
+"""All experiments on a model whose run is at hand, and their verdicts beside the run's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from profkit.decoupled import decoupled
+from profkit.delays import delays
+from profkit.environment import preserved_random_state
+from profkit.invariance import invariance
+from profkit.run import Run
+from profkit.verdicts import Verdict
+
+
+def verify(
+    model: nn.Module,
+    kwargs: Mapping[str, Any],
+    run: Run,
+    repeats: int = 15,
+    progress: Callable[[str], object] = str,
+) -> list[Verdict]:
+    """Make the experiments, add their verdicts to the run's, and return all of them.
+
+    `kwargs` are those of generate(); experiments decode greedily, as they compare tokens, unless they say otherwise.
+    """
+    greedy = {**kwargs, "do_sample": False}
+    found = [Verdict(**one) for one in run.manifest["checks"]["verdicts"]]
+    with preserved_random_state():
+        progress("the same tokens, with and without probes")
+        found += invariance(model, greedy, run.anatomy)
+        progress("media encoded alone")
+        found += decoupled(model, greedy, run.anatomy, repeats)
+        progress("known delays")
+        found += delays(model, greedy, run.anatomy, repeats=repeats)
+    run.manifest["checks"]["verdicts"] = [asdict(one) for one in found]
+    return found
