@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -47,7 +48,11 @@ class Analysis:
     graphs: list[str]
     tables: dict[str, pd.DataFrame]
     scopes: str
+    folder: Path | None = None
+    """The directory that was given, if one was: its files are the ranks of one run."""
     checks: list[trust.Check] = field(default_factory=list)
+    window: tuple[int, ...] = ()
+    """The steps that were recorded, where the file says so: its sums are of these alone."""
     validated: str = "not asked"
     """What torch's own validator of traces said, if asked."""
 
@@ -65,6 +70,8 @@ class Attributed:
 def attributed(path: Path) -> Attributed:
     """Read a trace file and find who owns its events. Raises InputError if it is none."""
     trace = chrome.read(path)
+    if not (len(trace.events) or trace.others):
+        raise InputError(f"{path} holds no events: its list is empty.")
     forest = nest(trace.events, trace.events.is_kind(*HOST))
     owners, evidence = foreign.owners_of(trace, forest)
     return Attributed(trace, forest, owners, evidence)
@@ -100,7 +107,15 @@ def analyze(path: Path, captures: Sequence[Attributed] = ()) -> Analysis:
     scopes = _scopes(trace, owners)
     devices = _device_names(trace.header)
     unix = (base + first, base + last)
-    return Analysis(path, rank, world, devices, *unix, len(events), found.evidence, graphs, tables, scopes, checks)
+    about = (path, rank, world, devices, *unix, len(events), found.evidence, graphs, tables, scopes)
+    return Analysis(*about, checks=checks, window=_window(trace))
+
+
+def _window(trace: chrome.Trace) -> tuple[int, ...]:
+    """Return the steps that a profile of profkit's recorded, none if it recorded all or is another's."""
+    told = trace.header.get("profkit")
+    steps = told.get("steps") if isinstance(told, dict) else None
+    return tuple(one for one in steps if isinstance(one, int)) if isinstance(steps, list) else ()
 
 
 def _scopes(trace: chrome.Trace, owners: Owners) -> str:
@@ -119,7 +134,7 @@ def _rank(header: Mapping[str, Any], path: Path) -> tuple[int | None, int | None
     told = header.get("distributedInfo")
     told = told if isinstance(told, dict) else {}
     rank, world = told.get("rank"), told.get("world_size")
-    named = RANK_IN_NAME.search(path.name)
+    named = RANK_IN_NAME.search(path.name) or RANK_IN_NAME.search(path.parent.name)
     rank = rank if isinstance(rank, int) else int(named[1]) if named else None
     return rank, world if isinstance(world, int) else None
 
@@ -147,7 +162,7 @@ def _device_table(trace: chrome.Trace, occupied: Occupancy) -> pd.DataFrame:
     for number, device in enumerate(events.devices):
         mine = occupied.row[occupied.device == number]
         if len(mine):
-            start, end = events.start_ns[mine], events.end_ns[mine]
+            start, end = events.start_ns[mine], events.start_ns[mine] + events.length_ns[mine]
             busy = int(occupied.busy_ns[occupied.device == number].sum())
             span = int(end.max() - start.min())
             rows.append(
@@ -196,8 +211,8 @@ def trace_files(path: Path) -> list[Path]:
     if (path / "run.json").is_file() and (path / "trace.json.gz").is_file():
         return [path / "trace.json.gz"]
     inside = sorted(one for one in path.rglob("*") if one.is_file() and one.name.endswith(SUFFIXES))
-    named = [one for one in inside if ".pt.trace.json" in one.name]
-    found = named or [one for one in inside if chrome.looks_like_trace(one)]
+    # A file that was damaged must not go unnoticed: only whole JSON of another kind is left out.
+    found = [one for one in inside if chrome.may_be_trace(one)]
     if not found:
         raise InputError(f"{path} holds no traces: no .json or .json.gz file in it has a list traceEvents.")
     return found
@@ -216,7 +231,7 @@ def analyze_all(
     for path in paths:
         for file in _files(path, failed):
             progress(f"reading {file}")
-            _add(file, explained, path.is_dir(), found, failed)
+            _add(file, explained, path if path.is_dir() else None, found, failed)
     return found, failed
 
 
@@ -229,50 +244,73 @@ def _files(path: Path, failed: dict[str, str]) -> list[Path]:
 
 
 def _add(
-    file: Path, captures: Sequence[Attributed], directory: bool, found: list[Analysis], failed: dict[str, str]
+    file: Path, captures: Sequence[Attributed], folder: Path | None, found: list[Analysis], failed: dict[str, str]
 ) -> None:
     try:
         one = analyze(file, captures)
-        check_ranks(found, one, directory)
+        one.folder = folder
+        check_ranks(found, one)
     except InputError as error:
         failed[str(file)] = str(error)
     else:
         found.append(one)
 
 
-def check_ranks(done: Iterable[Analysis], new: Analysis, directory: bool) -> None:
-    """Raise InputError if a file is of a rank that another has: in one directory, or at the same time."""
+def check_ranks(done: Iterable[Analysis], new: Analysis) -> None:
+    """Raise InputError if a file is of a rank that another has: in one directory, or of files at the same time."""
     for other in done:
-        same = new.rank is not None and new.rank == other.rank
+        same = new.rank is not None and new.rank == other.rank and new.folder == other.folder
         overlap = new.start_unix_ns < other.end_unix_ns and other.start_unix_ns < new.end_unix_ns
-        if same and (overlap or directory):
+        if same and (overlap or new.folder is not None):
             raise InputError(
                 f"{new.path} is of rank {new.rank}, and so is {other.path}: a rank counts once, give one of the two."
             )
 
 
 def rank_table(analyses: Sequence[Analysis]) -> pd.DataFrame:
-    """Return a row a rank, and the spread between ranks as (largest − smallest) / median; empty unless ranks differ.
+    """Return a row a rank, and the spread between ranks as (largest − smallest) / median, for each directory.
 
-    Columns: rank, file, kernels, launches, span_ms, busy_ms, sum_ms, idle_ms, collective_ms, summed over the rank's
-    devices.
+    Empty unless ranks differ; files that tell no rank are left out. Columns: folder, rank, file, kernels, launches,
+    span_ms, busy_ms, sum_ms, idle_ms, collective_ms, summed over the rank's devices.
     """
-    ranks = [one for one in analyses if one.rank is not None]
-    if len({one.rank for one in ranks}) < 2 or len(ranks) != len(analyses):
-        return pd.DataFrame()
+    groups: dict[Path | None, list[Analysis]] = {}
+    for one in analyses:
+        if one.rank is not None:
+            groups.setdefault(one.folder, []).append(one)
+    tables = [_ranks_of(group) for group in groups.values() if len({one.rank for one in group}) > 1]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def _ranks_of(ranks: Sequence[Analysis]) -> pd.DataFrame:
     rows = []
     for one in sorted(ranks, key=lambda one: one.rank or 0):
         devices, stages = one.tables["devices"], one.tables["stages"]
         launches = int(stages.loc[stages["stage"] == device_tables.ALL, "launches"].sum()) if len(stages) else 0
         sums = devices[["kernels", "busy_ms", "sum_ms", "idle_ms", "collective_ms"]].sum().to_dict()
         span = devices["span_ms"].max() if len(devices) else 0.0
-        rows.append({"rank": str(one.rank), "file": one.path.name, **sums, "launches": launches, "span_ms": span})
+        rows.append(
+            {
+                "rank": str(one.rank),
+                "file": _readable(Path(one.path.name)),
+                **sums,
+                "launches": launches,
+                "span_ms": span,
+            }
+        )
     table = pd.DataFrame(rows)[
         ["rank", "file", "kernels", "launches", "span_ms", "busy_ms", "sum_ms", "idle_ms", "collective_ms"]
     ]
     numbers = table.drop(columns=["rank", "file"]).astype(float)
     spread = (numbers.max() - numbers.min()) / numbers.median().replace(0.0, np.nan)
-    return pd.concat([table, pd.DataFrame([{"rank": "spread", "file": "", **spread.to_dict()}])], ignore_index=True)
+    last = pd.DataFrame([{"rank": "spread", "file": "", **spread.to_dict()}])
+    whole = pd.concat([table, last], ignore_index=True)
+    whole.insert(0, "folder", "" if ranks[0].folder is None else _readable(ranks[0].folder))
+    return whole
+
+
+def _readable(path: Path) -> str:
+    """Return a path as text that any file can hold, whatever bytes its name is made of."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def write_tables(analyses: Sequence[Analysis], between: pd.DataFrame, folder: Path, suffix: str) -> None:
@@ -300,5 +338,5 @@ def _labelled(one: Analysis, name: str) -> pd.DataFrame:
     table = one.tables[name]
     table = table.reset_index() if table.index.name else table.copy()
     table.insert(0, "rank", pd.array([one.rank] * len(table), dtype="Int64"))
-    table.insert(0, "file", str(one.path))
+    table.insert(0, "file", _readable(one.path))
     return table

@@ -123,6 +123,15 @@ def launches(events: Events) -> np.ndarray:
     return result
 
 
+def ambiguous(events: Events) -> np.ndarray:
+    """Return which device events have a correlation that calls of several processes have: files put together."""
+    calls = np.flatnonzero((events.kind == Kind.RUNTIME) & (events.correlation > 0))
+    calls = calls[np.lexsort((events.process[calls], events.correlation[calls]))]
+    number, process = events.correlation[calls], events.process[calls]
+    several = np.unique(number[1:][(number[1:] == number[:-1]) & (process[1:] != process[:-1])])
+    return events.is_kind(*DEVICE) & np.isin(events.correlation, several)
+
+
 def _last_before(
     events: Events, calls: np.ndarray, rows: np.ndarray, first: np.ndarray, after: np.ndarray
 ) -> np.ndarray:

@@ -7,6 +7,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import compress, count
 from operator import attrgetter
@@ -21,6 +22,8 @@ from profkit.events import COLUMNS, DEVICE, NOTHING, Events, Kind, device_name, 
 from profkit.pieces import BLOCK_BYTES, CONTROL, Args, Damage, Event, EventTexts, ExactEvent
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MOST_US = 1 << 52
+"""No time is beyond: in nanoseconds it would come near the end of 64 bits."""
 EVENTS_KEY = re.compile(rb'"traceEvents"\s*:\s*\[')
 
 
@@ -46,21 +49,24 @@ def read(path: Path) -> Trace:
     """Read a trace file, plain or gzip. Raises InputError if nothing of it is a Chrome trace."""
     damage = Damage()
     try:
-        with path.open("rb") as file:
-            if not file.read(1):
-                raise InputError(f"{path} is empty.")
         return _read(_ahead(_blocks(path, damage)), damage, str(path))
     except OSError as error:
         raise InputError(f"Cannot read the trace {path}: {error.strerror or error}.") from error
 
 
-def looks_like_trace(path: Path) -> bool:
-    """Tell whether a file's first block begins a list of events."""
+def may_be_trace(path: Path) -> bool:
+    """Tell whether a file is a trace, or was one before it was damaged: no whole JSON of another kind."""
     try:
         start = next(_blocks(path, Damage()), b"").lstrip()
     except OSError:
+        return True
+    if start[:1] != b"{" or EVENTS_KEY.search(start) is not None:
+        return True
+    with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        msgspec.json.decode(start)
         return False
-    return start[:1] == b"[" or EVENTS_KEY.search(start) is not None
+    # Longer than a block, and no list of events in it: the configuration of something.
+    return len(start) < BLOCK_BYTES // 2
 
 
 def parse(content: bytes) -> Trace:
@@ -71,16 +77,15 @@ def parse(content: bytes) -> Trace:
 def _blocks(path: Path, damage: Damage) -> Iterator[bytes]:
     """Yield the file's text in blocks, decompressed if need be, up to where its compression is damaged."""
     with path.open("rb") as file:
-        first = file.read(2)
-        file.seek(0)
-        if first != b"\x1f\x8b":
+        # What is no file on a disk, such as a pipe, can be looked into, but not gone back in.
+        if file.peek(2)[:2] != b"\x1f\x8b":
             while block := file.read(BLOCK_BYTES):
                 yield block
             return
         try:
             yield from _unzipped(iter(lambda: file.read(BLOCK_BYTES // 8), b""))
         except zlib.error as error:
-            damage.reason, damage.cut_short = f"gzip: {error}", True
+            damage.reason = f"gzip: {error}"
 
 
 def _unzipped(blocks: Iterator[bytes]) -> Iterator[bytes]:
@@ -99,6 +104,8 @@ def _unzipped(blocks: Iterator[bytes]) -> Iterator[bytes]:
             yield text
             packed = unzip.unused_data
             if unzip.eof:
+                # Zeros behind the last member are padding, as gzip itself takes them.
+                packed = packed if packed.strip(b"\0") else b""
                 unzip = zlib.decompressobj(wbits=31)
 
 
@@ -119,8 +126,11 @@ def _read(blocks: Iterable[bytes], damage: Damage, name: str) -> Trace:
         columns.extend(events.decoded(text + block))
         text = events.rest
     columns.extend(events.last(text))
-    if not (columns.number or columns.others) and (damage.lost or damage.cut_short):
-        raise InputError(f"{name} holds no event that can be read: {damage.reason}.")
+    damage.lost += columns.beyond
+    if columns.beyond:
+        damage.reason = damage.reason or "times that do not fit into 64 bits of nanoseconds"
+    if not (columns.number or columns.others) and damage:
+        raise InputError(f"{name} holds no event that can be read: {damage.reason or 'its list breaks off'}.")
     trace = columns.trace({**_fields(head), **_fields(b'{"":0' + events.tail)}, damage)
     if len(trace.others) == 1 and ("", "") in trace.others:
         raise InputError(f"{name} is JSON, but the objects in it are not trace events.")
@@ -141,21 +151,23 @@ def _head(blocks: Iterator[bytes], name: str) -> tuple[bytes, bytes]:
             # A field of that name inside another object is not the list.
             if _is_object_so_far(text[: found.start()]):
                 return text[: found.start()], text[found.end() :]
-    if text.lstrip()[:1] == b"{":
-        try:
-            msgspec.json.decode(text)
-        except msgspec.DecodeError as error:
-            raise InputError(f"{name} is not a whole JSON file, and its events were not reached: {error}.") from error
-        raise InputError(f"{name} is JSON, but no Chrome trace: it has no list traceEvents.")
     if not text:
         raise InputError(f"{name} is empty, or its compression is damaged from the start.")
-    raise InputError(f"{name} is not JSON.")
+    if text[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise InputError(f"{name} is text in UTF-16, and JSON is in UTF-8: write it again so.")
+    try:
+        msgspec.json.decode(text.decode("utf-8", "replace"))
+    except msgspec.DecodeError as error:
+        if text.lstrip()[:1] != b"{":
+            raise InputError(f"{name} is not JSON.") from error
+        raise InputError(f"{name} is not a whole JSON file, and its events were not reached: {error}.") from error
+    raise InputError(f"{name} is JSON, but no Chrome trace: it has no list traceEvents.")
 
 
 def _is_object_so_far(text: bytes) -> bool:
     """Tell whether a text, but for a closing brace, is an object."""
     try:
-        msgspec.json.decode(text.rstrip(b", \r\n\t").translate(CONTROL) + b"}")
+        msgspec.json.decode((text.rstrip(b", \r\n\t").translate(CONTROL) + b"}").decode("utf-8", "replace"))
     except msgspec.DecodeError:
         return False
     return True
@@ -166,7 +178,8 @@ def _fields(text: bytes) -> dict[str, Any]:
     whole = text.rstrip().rstrip(b"}").rstrip().rstrip(b",") if text.startswith(b'{"":0') else text.rstrip(b", \r\n\t")
     for candidate in (text, whole + b"}", text.rstrip().rstrip(b",") + b"}"):
         try:
-            found = msgspec.json.decode(candidate.translate(CONTROL), type=dict[str, Any])
+            readable = candidate.translate(CONTROL).decode("utf-8", "replace")
+            found = msgspec.json.decode(readable, type=dict[str, Any])
         except msgspec.DecodeError:
             continue
         found.pop("", None)
@@ -207,6 +220,8 @@ class _Columns:
     own: list[dict[str, Any]] = field(default_factory=list)
     others: Counter[tuple[str, str]] = field(default_factory=Counter)
     number: int = 0
+    beyond: int = 0
+    """Events left out, as their times are no times."""
 
     def extend(self, decoded: list[Event]) -> None:
         """Add decoded events."""
@@ -216,17 +231,22 @@ class _Columns:
         found = list(compress(decoded, complete.tolist()))
         if not found:
             return
+        exact = isinstance(found[0], ExactEvent)
+        start, duration = (_us(map(attrgetter(name), found), len(found), exact) for name in ("ts", "dur"))
+        sane = (np.abs(start) < MOST_US) & (np.abs(duration) < MOST_US)
+        if not sane.all():
+            self.beyond += int((~sane).sum())
+            found, start, duration = list(compress(found, sane.tolist())), start[sane], duration[sane]
         size = len(found)
         self.number += size
-        exact = isinstance(found[0], ExactEvent)
         category = self._ids(self.categories, map(attrgetter("cat"), found), size)
         kind = np.array([kind_of(name) for name in self.categories], dtype=np.int8)[category]
         self.chunks.append(
             [
                 self._ids(self.names, map(attrgetter("name"), found), size),
                 category,
-                _ns(map(attrgetter("ts"), found), size, exact),
-                _ns(map(attrgetter("dur"), found), size, exact),
+                _ns(start),
+                _ns(duration),
                 self._ids(self.processes, map(attrgetter("pid"), found), size),
                 self._ids(self.threads, map(attrgetter("tid"), found), size),
                 *self._links(found, category, kind),
@@ -283,10 +303,14 @@ class _Columns:
         return Trace(events, header, list(self.processes), list(self.threads), self.own, self.others, damage)
 
 
-def _ns(microseconds: Iterable[Any], size: int, exact: bool) -> np.ndarray:
-    if exact:
-        return np.fromiter((int(value * 1000) for value in microseconds), np.int64, size)
-    value = np.fromiter(microseconds, np.float64, size)
+def _us(microseconds: Iterable[Any], size: int, exact: bool) -> np.ndarray:
+    """Return times in µs: floats, or decimals as objects."""
+    return np.fromiter(microseconds, object if exact else np.float64, size)
+
+
+def _ns(microseconds: np.ndarray) -> np.ndarray:
+    if microseconds.dtype == object:
+        return np.fromiter((int(value * 1000) for value in microseconds), np.int64, len(microseconds))
     # Whole µs since 1970 are exact; a thousand times that is not.
-    whole = np.floor(value)
-    return whole.astype(np.int64) * 1000 + np.rint((value - whole) * 1000.0).astype(np.int64)
+    whole = np.floor(microseconds)
+    return whole.astype(np.int64) * 1000 + np.rint((microseconds - whole) * 1000.0).astype(np.int64)

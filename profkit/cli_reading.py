@@ -51,6 +51,8 @@ def analyze(files: tuple[Path, ...], captures: tuple[Path, ...], as_json: bool, 
     from profkit import analysis, trace_text
 
     targets = {suffix: options[suffix] for suffix in ("csv", "parquet") if options[suffix]}
+    if len(set(targets.values())) < len(targets):
+        raise InputError("--csv and --parquet name one directory: give each its own.")
     for target in targets.values():
         if target.exists():
             raise InputError(f"{target} already exists: choose another directory.")
@@ -59,6 +61,7 @@ def analyze(files: tuple[Path, ...], captures: tuple[Path, ...], as_json: bool, 
         for one in found:
             one.validated = _validated(one, options["validate"])
     between = analysis.rank_table(found)
+    unranked = sum(one.rank is None and one.folder is not None for one in found)
     if as_json:
         click.echo(json.dumps(trace_text.all_as_dict(found, between, failed), indent=1, allow_nan=False))
     else:
@@ -67,7 +70,10 @@ def analyze(files: tuple[Path, ...], captures: tuple[Path, ...], as_json: bool, 
             for part in (*trace_text.report(one, options["top"]), ""):
                 console.print(part)
         if len(between):
-            console.print(trace_text.ranks(between))
+            for part in trace_text.ranks(between):
+                console.print(part)
+            if unranked:
+                console.print(f"{unranked} files tell no rank and are left out of these rows")
     for suffix, target in targets.items():
         if found:
             analysis.write_tables(found, between, target, suffix)

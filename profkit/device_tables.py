@@ -17,6 +17,8 @@ MS, US = 1e6, 1e3
 OUTSIDE = "outside"
 """The stage of what no stage owns."""
 ALL = "all"
+EARLY = 0.1
+"""With a larger share of launches whose events begin before them, clocks disagree too far to tell who waited."""
 OPERATOR_KINDS = (Kind.OPERATOR, Kind.ANNOTATION, Kind.RUNTIME)
 WAITING = 0.5
 """A stage is waiting if its device was idle, with work already launched, for more than this share of its time."""
@@ -133,6 +135,7 @@ def stage_table(events: Events, owners: Owners, occupied: Occupancy) -> pd.DataF
     stage = np.where(owners.stage >= 0, owners.stage, len(names) - 1)
     rows = []
     launching = is_launch(events)
+    launching[owners.launch[occupied.row][owners.launch[occupied.row] >= 0]] = True
     aims_at = _devices_of_launches(events, owners, occupied)
     for device, label in enumerate(events.devices):
         on_device = occupied.device == device
@@ -195,6 +198,13 @@ def _stage_row(
 def _verdict(occupied: Occupancy, chosen: np.ndarray, busy: int, parts: dict[str, int]) -> tuple[str, str]:
     """Return what sets a stage's pace, and the figures that say so."""
     kernels, leads = int(chosen.sum()), int((chosen & occupied.leads).sum())
+    if kernels < 2 or not busy:
+        return "unknown", "one device event, or some of no length, tell nothing of a pace"
+    if not leads:
+        return "unknown", f"the launches of all {kernels} device events were not recorded"
+    early = int((chosen & (occupied.delay_ns < 0)).sum())
+    if early > EARLY * leads:
+        return "unknown", f"{early} of {leads} events begin before their launch: the clocks of host and device disagree"
     if 2 * leads < kernels and parts["unknown"] > parts["host"] + parts["launch"]:
         return "unknown", f"the launches of {kernels - leads} of {kernels} kernels were not recorded"
     # What the device waited before the stage's step began is nothing that the stage could have used.
@@ -238,7 +248,10 @@ def step_table(events: Events, owners: Owners, occupied: Occupancy) -> pd.DataFr
 
 
 def host_table(events: Events, owners: Owners, forest: Forest) -> pd.DataFrame:
-    """Return a row a stage: stage, operators (calls), host_ms (own time of operators, annotations, runtime calls)."""
+    """Return a row a stage: stage, steps (in which it occurs), operators (calls), host_ms.
+
+    host_ms is the own time of everything on the host: operators, annotations, runtime calls, Python functions.
+    """
     names = [*owners.scopes.stages, OUTSIDE]
     stage = np.where(owners.stage >= 0, owners.stage, len(names) - 1)[forest.rows]
     operators = events.kind[forest.rows] == Kind.OPERATOR
@@ -246,7 +259,10 @@ def host_table(events: Events, owners: Owners, forest: Forest) -> pd.DataFrame:
     calls = np.bincount(stage[operators], minlength=len(names))
     shown = np.flatnonzero((calls > 0) | (host_ns > 0))
     stages = [names[one] for one in shown.tolist()]
-    return pd.DataFrame({"stage": stages, "operators": calls[shown], "host_ms": host_ns[shown] / MS})
+    step = owners.step[forest.rows]
+    pairs = np.unique(np.stack([stage[step >= 0], step[step >= 0]]), axis=1)
+    steps = np.bincount(pairs[0], minlength=len(names))[shown]
+    return pd.DataFrame({"stage": stages, "steps": steps, "operators": calls[shown], "host_ms": host_ns[shown] / MS})
 
 
 def coverage(events: Events, owners: Owners) -> pd.DataFrame:

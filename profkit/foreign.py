@@ -51,7 +51,9 @@ def _scopes_of_rows(events: Events, forest: Forest) -> tuple[np.ndarray, np.ndar
     # Other threads: what the main one had open then.
     main = _main_lane(forest, is_scope)
     opened = np.flatnonzero(is_scope & (forest.lane == main))
-    elsewhere = np.flatnonzero((found < 0) & (forest.lane != main) & (len(opened) > 0))
+    process = events.process[forest.rows]
+    home = process[opened[0]] if len(opened) else NOTHING
+    elsewhere = np.flatnonzero((found < 0) & (forest.lane != main) & (process == home))
     ends = forest.start_ns + forest.duration_ns
     at = innermost(forest.start_ns[opened], ends[opened], forest.start_ns[elsewhere])
     found[elsewhere] = np.where(at >= 0, scope_of_position[np.append(opened, NOTHING)[at]], NOTHING)

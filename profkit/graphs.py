@@ -103,6 +103,9 @@ def explained(events: Events, owners: Owners, captures: Sequence[Capture]) -> tu
         if matching and not alike:
             said = f"not split, {len(matching)} captures have these kernels, in different modules"
             notes.append(f"a graph of {len(names)} kernels{times}: {said}")
+        elif matching and _may_swap(events, each, matching[0]):
+            said = "not split, kernels of one name ran on several streams at once, for different modules"
+            notes.append(f"a graph of {len(names)} kernels{times}: {said}")
         elif matching:
             owners = _taken_over(owners, np.concatenate(each), len(each), matching[0])
             notes.append(f"a graph of {len(names)} kernels{times}: names and order equal those of its capture")
@@ -110,6 +113,16 @@ def explained(events: Events, owners: Owners, captures: Sequence[Capture]) -> tu
             said = f"not split, no capture proves it ({len(graphs)} seen; {known})"
             notes.append(f"a graph of {len(names)} kernels{times}: {said}")
     return owners, notes
+
+
+def _may_swap(events: Events, replays: Sequence[np.ndarray], graph: Captured) -> bool:
+    """Tell whether order proves nothing: several streams, and a name that stands for different owners."""
+    if all(len(np.unique(events.stream[rows])) == 1 for rows in replays):
+        return False
+    owners_of_name: dict[str, set[tuple[str, str]]] = {}
+    for name, told in zip(graph.names, _told(graph), strict=True):
+        owners_of_name.setdefault(name, set()).add(told)
+    return any(len(told) > 1 for told in owners_of_name.values())
 
 
 def _told(graph: Captured) -> tuple[tuple[str, str], ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from profkit.attribution import is_graph_launch
 from profkit.events import DEVICE, NOTHING, Events
@@ -32,10 +33,13 @@ def _covered(start_ns: np.ndarray, duration_ns: np.ndarray, group: np.ndarray) -
     order = np.lexsort((duration_ns, start_ns, group))
     start, lane = start_ns[order] - start_ns.min(), group[order].astype(np.int64)
     end = start + np.maximum(duration_ns[order], 0)
-    # Groups follow each other on one axis, so that one running maximum serves all.
     width = int(end.max()) + 1
     first = np.append(True, lane[1:] != lane[:-1])
-    reach = np.maximum.accumulate(end + lane * width) - lane * width
+    if width * (int(lane.max()) + 1) < 1 << 62:
+        # Groups follow each other on one axis, so that one running maximum serves all.
+        reach = np.maximum.accumulate(end + lane * width) - lane * width
+    else:
+        reach = pd.Series(end).groupby(lane).cummax().to_numpy()
     before = np.append(0, reach[:-1])
     return order, np.where(first, start, before) + start_ns.min()
 

@@ -41,9 +41,11 @@ BESIDE = frozenset(
 """Words that a range may have beside that of its phase. Images, audio and tokens' text are decoded too."""
 BATCH = re.compile(r"execute_(?:\d+_)?context_(\d+)\b.*_generation_(\d+)\b")
 """How vLLM names a batch: how many of its requests read their prompts, how many generate."""
+PREFILL_FRAME = re.compile(r"generation/utils\.py\(\d+\): _prefill\w*$")
 GENERATE_FRAME = re.compile(r"generation/utils\.py\(\d+\): generate$")
 SELECTIONS = ("aten::argmax", "aten::multinomial")
 EMBEDDING = "aten::embedding"
+COMPUTING = ("aten::conv", "aten::linear", "aten::mm", "aten::addmm", "aten::matmul", "aten::bmm", "aten::scaled_dot")
 TRAINING = ("autograd::engine", "Optimizer.")
 
 
@@ -104,6 +106,10 @@ def _by_generate_frame(events: Events, forest: Forest) -> Phases | None:
     names = events.name[forest.rows]
     frames = events.named([GENERATE_FRAME.search(name) is not None for name in events.names])[forest.rows]
     modules = events.named([name.startswith("nn.Module: ") for name in events.names])[forest.rows]
+    if (frames & _inside(forest, frames)).any():
+        nothing = np.empty(0, dtype=np.int64)
+        said = "no steps: a generate() inside another, as of a draft model, leaves open whose steps are whose"
+        return Phases(NAMES, nothing, [], nothing, nothing, said)
     around = forest.nearest(frames)
     outermost = np.flatnonzero(modules & ~_inside(forest, modules) & (around >= 0))
     if not len(outermost):
@@ -116,7 +122,10 @@ def _by_generate_frame(events: Events, forest: Forest) -> Phases | None:
     # An iteration lasts until the next forward, or until generate() ends.
     end = np.where(np.append(first[1:], True), _end(forest)[around[at]], np.append(forest.start_ns[at[1:]], 0))
     said = f"steps: calls of {events.names[name].removeprefix('nn.Module: ')} inside transformers' generate()"
-    return _phases(np.where(first, PREFILL, DECODE), forest.start_ns[at], end, said)
+    # A long prompt may be read in several passes, which have a frame of their own around them.
+    reading = events.named([PREFILL_FRAME.search(name) is not None for name in events.names])[forest.rows]
+    reads = first | (np.append(forest.nearest(reading), NOTHING)[at] >= 0)
+    return _phases(np.where(reads, PREFILL, DECODE), forest.start_ns[at], end, said)
 
 
 def _by_selection(events: Events, forest: Forest) -> Phases | None:
@@ -142,7 +151,11 @@ def _by_selection(events: Events, forest: Forest) -> Phases | None:
         return None
     end = _end(forest)[top[at]]
     before = name[: at[0] + 1].tobytes()
-    whole = not usual.endswith(before) and bool(np.isin(name[: at[0] + 1], embedding).any())
+    # What precedes a first iteration like all others is a prefill's only if it computes: an encoder, say.
+    ahead = name[: at[0] + 1][: -len(usual) // name.itemsize] if before.endswith(usual) else None
+    computes = ahead is not None and any(events.names[one].startswith(COMPUTING) for one in ahead.tolist())
+    same = usual.endswith(before) or (ahead is not None and not computes)
+    whole = not same and bool(np.isin(name[: at[0] + 1], embedding).any())
     phase = np.where([one == usual for one in between], DECODE, NOTHING)
     phase = np.append(PREFILL, phase) if whole else np.full(len(end), NOTHING)
     start = np.append(forest.start_ns[top[0]], end[:-1])

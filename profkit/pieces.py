@@ -19,6 +19,8 @@ EXACT_US = 2.0**43
 """Up to here a float holds µs to the nanosecond; traces of 2024 hold ns behind the µs since 1970, far beyond."""
 
 BETWEEN_EVENTS = re.compile(rb"\}\s*,\s*(?=\{)")
+FIELDS = (b"ph", b"name", b"cat", b"ts", b"dur", b"pid", b"tid", b"id", b"args", b"bp", b"s")
+"""What an event may begin with; objects among its arguments seldom do."""
 FIRST_KEY = re.compile(rb'\s*\{\s*("[^"]*")')
 NOT_JSON = re.compile(rb":\s*-?(?:nan|NaN|inf|Infinity)\b")
 END = re.compile(rb"\}\s*\]\s*\}?\s*\Z")
@@ -111,9 +113,10 @@ class EventTexts:
         return self._carefully(text)
 
     def _learn(self, text: bytes) -> None:
-        """See how this file's events begin: what writes them begins all with one field, objects in them with others."""
+        """See how this file's events begin: with the first one's field, or with one that any event may begin with."""
         if self._between is BETWEEN_EVENTS and (key := FIRST_KEY.match(text)):
-            self._between = re.compile(rb"\}\s*,\s*(?=\{\s*" + re.escape(key[1]) + rb")")
+            keys = b"|".join({re.escape(key[1]), *(b'"' + field + b'"' for field in FIELDS)})
+            self._between = re.compile(rb"\}\s*,\s*(?=\{\s*(?:" + keys + rb"))")
 
     def last(self, text: bytes) -> list[Event]:
         """Decode all the rest, as the file ends here."""
@@ -213,7 +216,7 @@ class EventTexts:
                 if found is not None:
                     break
             else:
-                found, size = [], 1
+                found, size = self._before_break(pieces[0]), 1
                 self._damage.lost += 1
                 self._damage.reason = self._damage.reason or self._said
             result += found or []
@@ -221,6 +224,11 @@ class EventTexts:
         if pieces:
             self.tail += b"," + b",".join(pieces)
         return result
+
+    def _before_break(self, text: bytes) -> list[Event]:
+        """Decode the event in front of another that breaks off at once."""
+        cut = max((match.start() for match in BETWEEN_EVENTS.finditer(text)), default=0)
+        return (self._try_mending(text[: cut + 1]) or []) if cut else []
 
     def _at_end(self, text: bytes) -> list[Event] | None:
         """Decode an event behind which the list ends."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,11 +20,13 @@ MOST_STEPS = 12
 def report(found: Analysis, top: int) -> Iterator[Table | str]:
     """Yield the parts of the report on one trace; tables of names show the `top` rows."""
     yield headline(found)
+    if found.window:
+        yield f"[yellow]recorded: steps {_listed(found.window)} alone; sums are of these, not of the whole[/yellow]"
     on_device = len(found.tables["devices"]) > 0
     if on_device:
         yield _devices(found.tables["devices"])
         stages = _telling(found.tables["stages"])
-        yield _stages(stages)
+        yield from _stages(stages)
         yield from _verdicts(stages)
         yield _coverage(found)
     elif len(found.tables["host"]):
@@ -47,7 +50,7 @@ def headline(found: Analysis) -> str:
         "" if found.rank is None else f", rank {found.rank}" + (f" of {found.world_size}" if found.world_size else "")
     )
     device = f", {where}" if where else "" if len(found.tables["devices"]) else ", no device"
-    return f"[bold]{escape(str(found.path))}[/bold]: {found.events} events{escape(device)}{rank}"
+    return f"[bold]{escape(_visible(str(found.path)))}[/bold]: {found.events} events{escape(device)}{rank}"
 
 
 def _table(*columns: str, left: int = 1) -> Table:
@@ -69,30 +72,26 @@ def _devices(devices: pd.DataFrame) -> Table:
     return table
 
 
-def _stages(stages: pd.DataFrame) -> Table:
-    known = [name for name in IDLE if name != "before" or stages["idle_before_ms"].any()]
-    idle = [{"host": "host not ready", "before": "before the step"}.get(name, name) for name in known]
-    table = _table(
-        "stage",
-        "device",
-        "steps",
-        "kernels",
-        "launches/step",
-        "busy ms",
-        "idle ms",
-        *idle,
-        "delay p50 … p99 us",
-        left=2,
-    )
+def _stages(stages: pd.DataFrame) -> Iterator[Table]:
+    """Yield what the device did in each stage, and why it was idle; the device's name where there are several."""
+    several = stages["device"].nunique() > 1
+    labels = ("stage", "device") if several else ("stage",)
+    work = _table(*labels, "steps", "kernels", "launches", "a step", "busy ms", "idle ms", left=len(labels))
+    known = [name for name in IDLE if stages[f"idle_{name}_ms"].any()]
+    named = {"before": "before the step", "host": "host not ready", "launch": "launch", "wait": "wait"}
+    why = (f"{named.get(name, name)}" for name in known)
+    idle = _table(*labels, *why, "delay p50 us", "p99 us", left=len(labels))
     for row in stages.to_dict(orient="records"):
-        delays = "–" if pd.isna(row["delay_p50_us"]) else f"{row['delay_p50_us']:.1f} … {row['delay_p99_us']:.1f}"
-        parts = (row[f"idle_{name}_ms"] for name in known)
+        who = [escape(row[name]) for name in labels]
         a_step = "–" if pd.isna(row["launches_per_step"]) else f"{row['launches_per_step']:.0f}"
-        counts = (str(row["steps"]), str(row["kernels"]), a_step)
-        times = map(_ms, (row["busy_ms"], row["idle_ms"], *parts))
+        counts = (str(row["steps"]), str(row["kernels"]), str(row["launches"]), a_step)
         style = "bold" if row["stage"] == ALL else None
-        table.add_row(escape(row["stage"]), escape(row["device"]), *counts, *times, delays, style=style)
-    return table
+        work.add_row(*who, *counts, _ms(row["busy_ms"]), _ms(row["idle_ms"]), style=style)
+        delays = ("–" if pd.isna(row[name]) else f"{row[name]:.1f}" for name in ("delay_p50_us", "delay_p99_us"))
+        idle.add_row(*who, *(_ms(row[f"idle_{name}_ms"]) for name in known), *delays, style=style)
+    yield work
+    idle.title, idle.title_justify, idle.title_style = "idle ms, by what the device waited for", "left", "dim"
+    yield idle
 
 
 def _telling(stages: pd.DataFrame) -> pd.DataFrame:
@@ -121,9 +120,9 @@ def _coverage(found: Analysis) -> str:
 
 
 def _host(host: pd.DataFrame) -> Table:
-    table = _table("stage", "operators", "own ms")
+    table = _table("stage", "steps", "operators", "own ms")
     for row in host.to_dict(orient="records"):
-        table.add_row(escape(row["stage"]), str(row["operators"]), _ms(row["host_ms"]))
+        table.add_row(escape(row["stage"]), str(row["steps"]), str(row["operators"]), _ms(row["host_ms"]))
     return table
 
 
@@ -188,16 +187,22 @@ def _checks(found: Analysis) -> Iterator[str]:
     yield f"[{style}]torch's trace validator: {escape(_shortened(found.validated, 300))}[/{style}]"
 
 
-def ranks(table: pd.DataFrame) -> Table:
-    """Return a row a rank, and the spread between them."""
-    shown = _table("rank", "file", *(name.replace("_", " ") for name in table.columns[2:]), left=2)
-    *rows, spread = table.to_dict(orient="records")
-    for row in rows:
-        counts = [str(int(row[name])) for name in ("kernels", "launches")]
-        shown.add_row(row["rank"], escape(row["file"]), *counts, *(_ms(row[name]) for name in table.columns[4:]))
-    cells = ("–" if pd.isna(spread[name]) else f"{spread[name]:.1%}" for name in table.columns[2:])
-    shown.add_row("spread", "(max − min) / median", *cells, style="bold")
-    return shown
+def ranks(table: pd.DataFrame) -> Iterator[Table | str]:
+    """Yield, for each directory, a row a rank and the spread between them."""
+    for folder, rows in table.groupby("folder", sort=False):
+        shown = _table("rank", "file", *(name.replace("_", " ") for name in table.columns[3:]), left=2)
+        for row in rows.to_dict(orient="records"):
+            if row["rank"] == "spread":
+                cells = ("–" if pd.isna(row[name]) else f"{row[name]:.1%}" for name in table.columns[3:])
+                shown.add_row("spread", "", *cells, style="bold")
+            else:
+                counts = [str(int(row[name])) for name in ("kernels", "launches")]
+                times = (_ms(row[name]) for name in table.columns[5:])
+                shown.add_row(row["rank"], escape(_visible(row["file"])), *counts, *times)
+        if folder:
+            yield f"[bold]{escape(_visible(str(folder)))}[/bold]"
+        yield shown
+    yield "[dim]spread: (max − min) / median over ranks[/dim]"
 
 
 def as_dict(found: Analysis) -> dict[str, Any]:
@@ -236,8 +241,21 @@ def _ms(value: float) -> str:
 
 
 def _shortened(text: str, width: int) -> str:
+    text = _visible(text)
     return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def _tail(text: str, width: int) -> str:
+    text = _visible(text)
     return text if len(text) <= width else f"…{text[1 - width :]}"
+
+
+def _visible(text: str) -> str:
+    """Return a text of others' without the control characters that would move or colour a terminal."""
+    return "".join(one if one.isprintable() else "�" for one in text)
+
+
+def _listed(steps: Sequence[int]) -> str:
+    """Return numbers with runs shortened: 0-1, 7."""
+    runs = "".join(f"{',' if one - 1 not in steps else '-'}{one}" for one in sorted(steps))
+    return ", ".join(re.sub(r"-.*-", "-", run) for run in runs.lstrip(",").split(","))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from profkit.attribution import Owners, is_launch
+from profkit.attribution import Owners, ambiguous, is_launch
 from profkit.chrome import Trace
 from profkit.events import DEVICE, NOTHING, Events, Kind, kind_of
 from profkit.graphs import in_capture
@@ -54,6 +54,10 @@ def of_events(events: Events, owners: Owners, occupied: Occupancy, forest: Fores
         kernels,
         f"device events without a recorded launch, {share:.1%} of the time",
     )
+    mixed = int(ambiguous(events).sum())
+    if mixed:
+        said = "device events whose launch may be in any of several processes: give a file for each"
+        yield Check("processes", False, mixed, kernels, said)
     missing, called = _unanswered(events, owners)
     kernels_only = events.named([COPY_NAME.search(name) is None for name in events.names])
     said = "kernel launches without a recorded device event (captured ones left out)"
@@ -101,6 +105,8 @@ def _of_file(trace: Trace) -> Iterator[Check]:
         yield Check(
             "text of the file", False, damage.mended, size, f"pieces held bytes that JSON forbids, mended{said}"
         )
+    if damage.reason and not (damage.lost or damage.mended or damage.cut_short):
+        yield Check("compression", False, 1, 1, f"the file's compression is damaged behind its events{said}")
     if damage.cut_short:
         yield Check("end of the file", False, 1, 1, f"the file ends before its list of events does{said}")
     yield from _unknown(trace.events)

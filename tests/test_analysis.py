@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -179,10 +180,18 @@ def test_what_a_directory_stands_for(tmp_path):
     board = tmp_path / "board"
     board.mkdir()
     made = two_steps()
-    for name in ("worker0.1.pt.trace.json", "worker1.2.pt.trace.json", "notes.json"):
+    for name in ("worker0.1.pt.trace.json", "worker1.2.pt.trace.json", "rank2.json"):
         made.write(board / name)
     (board / "other.json").write_text('{"a": 1}')
-    assert [one.name for one in analysis.trace_files(board)] == ["worker0.1.pt.trace.json", "worker1.2.pt.trace.json"]
+    # What was damaged must not go unnoticed.
+    (board / "empty.json").write_text("")
+    (board / "page.json").write_text("<html>")
+    (board / "cut.json.gz").write_bytes(b"\x1f\x8b\x08\x00\x00")
+    names = {"worker0.1.pt.trace.json", "worker1.2.pt.trace.json", "rank2.json"}
+    assert {one.name for one in analysis.trace_files(board)} == {*names, "empty.json", "page.json", "cut.json.gz"}
+    found, failed = analysis.analyze_all([board])
+    assert {one.path.name for one in found} == names
+    assert sorted(Path(name).name for name in failed) == ["cut.json.gz", "empty.json", "page.json"]
     plain = tmp_path / "plain"
     plain.mkdir()
     made.write(plain / "a.json")
@@ -282,15 +291,106 @@ def test_a_cut_file_is_analysed_and_says_so(tmp_path):
     [
         {"traceEvents": [{"ph": "X", "cat": "profkit", "name": "vision", "pid": 1, "tid": 1, "ts": 0, "dur": 5}]},
         {"traceEvents": [{"ph": "X", "cat": "profkit", "name": "z", "pid": 1, "tid": "x", "ts": 0, "dur": 5}]},
-        {"distributedInfo": "rank", "deviceProperties": {"id": 1}, "baseTimeNanoseconds": "x", "traceEvents": []},
-        {"deviceProperties": [1, {"id": 0}], "distributedInfo": {"rank": "0"}, "traceEvents": []},
+        {"distributedInfo": "rank", "deviceProperties": {"id": 1}, "baseTimeNanoseconds": "x", "traceEvents": [{}]},
+        {"deviceProperties": [1, {"id": 0}], "distributedInfo": {"rank": "0"}, "traceEvents": [{"ph": "M"}]},
+        {"profkit": 7, "traceEvents": [{"ph": "X", "name": "\x1b[31mred", "cat": "cpu_op", "dur": 1}]},
     ],
 )
 def test_odd_files_are_analysed(tmp_path, content):
     path = tmp_path / "odd.json"
     path.write_text(json.dumps(content))
-    assert analyze(path, "--no-validate").exit_code == 0
+    if content["traceEvents"] == [{}]:
+        assert "not trace events" in analyze(path, "--no-validate").stderr
+        return
+    shown = analyze(path, "--no-validate")
+    assert shown.exit_code == 0 and "\x1b" not in shown.stdout
     assert analyze(path, "--no-validate", "--json").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"[]", "holds no events: its list is empty"),
+        (b'{"traceEvents": []}', "holds no events: its list is empty"),
+        (b'{"traceEvents": [', "holds no event that can be read: its list breaks off"),
+        (b"null", "is JSON, but no Chrome trace"),
+        (b'"text"', "is JSON, but no Chrome trace"),
+        ('{"traceEvents": []}'.encode("utf-16"), "is text in UTF-16"),
+        (b'{"traceEvents": [{"ph": "X", "name": "a", "ts": 1e300}]}', "do not fit into 64 bits"),
+    ],
+)
+def test_files_without_events_say_why_and_the_next_goes_on(tmp_path, text, said):
+    (tmp_path / "bad.json").write_bytes(text)
+    good = two_steps().write(tmp_path / "good.json")
+    result = analyze(tmp_path / "bad.json", good, "--no-validate")
+    assert result.exit_code == 2 and said in result.stderr
+    assert "good.json: " in result.stdout
+
+
+def test_odd_bytes_around_and_in_names(tmp_path):
+    text = b'{"note": "\xff", ' + two_steps().text()[1:-1] + b', "tail": "\xfe"}'
+    (tmp_path / "a.json").write_bytes(text)
+    named = Path(os.fsdecode(os.fsencode(tmp_path) + b"/b\xff.json"))
+    two_steps().write(named)
+    result = analyze(tmp_path / "a.json", named, "--no-validate", "--csv", tmp_path / "csv")
+    assert result.exit_code == 0, result.stderr
+    both = analyze(tmp_path / "a.json", "--csv", tmp_path / "x", "--parquet", tmp_path / "x")
+    assert both.exit_code == 2 and "give each its own" in both.stderr
+
+
+def test_ranks_of_two_directories_and_files_that_tell_none(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for number in (0, 1):
+            rank(tmp_path / folder, number)
+    two_steps().write(tmp_path / "b" / "other.json")
+    result = analyze(tmp_path / "a", tmp_path / "b", "--no-validate")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("\nspread ") == 2
+    assert "1 files tell no rank" in result.stdout
+    for number in (0, 1):
+        (tmp_path / "c" / f"rank{number}").mkdir(parents=True)
+        two_steps().write(tmp_path / "c" / f"rank{number}" / "trace.json")
+    assert "\nspread " in analyze(tmp_path / "c", "--no-validate").stdout
+
+
+def test_what_a_window_holds_is_said(tmp_path):
+    made = two_steps().text(profkit={"steps": [0, 1, 7, 20, 21, 22]})
+    (tmp_path / "a.json").write_bytes(made)
+    shown = " ".join(analyze(tmp_path / "a.json", "--no-validate").stdout.split())
+    assert "recorded: steps 0-1, 7, 20-22 alone" in shown
+    assert "steps" in analysis.analyze(tmp_path / "a.json").tables["host"]
+
+
+def test_ranks_put_into_one_file_are_doubted(tmp_path):
+    made = HandMade()
+    for number in (0, 1):
+        made.host(f"rank{number}_work", 3 * number, 50, "user_annotation")
+        made.events[-1]["pid"] = 1000 + number
+        made.host("cudaLaunchKernel", 3 * number + 1, 2, "cuda_runtime", correlation=1)
+        made.events[-1]["pid"] = 1000 + number
+        made.kernel(1, 3 * number + 10, 2, device=number)
+    checks = {one.name: one for one in analysis.analyze(made.write(tmp_path / "a.json")).checks}
+    assert checks["processes"].ok is False and checks["processes"].count == 2
+    # Another process's annotation is nobody's scope but its own.
+    made = HandMade()
+    made.host("rank0_work", 0, 50, "user_annotation")
+    made.host("aten::mm", 5, 10)
+    made.events[-1]["pid"] = 1001
+    made.kernel(made.launch(6), 10, 2)
+    made.events[-2]["pid"] = 1001
+    kernels = analysis.analyze(made.write(tmp_path / "b.json")).tables["kernels"]
+    assert kernels["path"].tolist() == ["aten::mm"]
+
+
+def test_kernels_of_one_name_on_several_streams_prove_no_order(tmp_path):
+    capture = analysis.attributed(graph_of(["a", "a"]).write(tmp_path / "capture.json"))
+    made = HandMade()
+    number = made.launch(0, name="cudaGraphLaunch")
+    for stream in (7, 8):
+        made.kernel(number, 20 + stream, 5, "a", stream=stream)
+    found = analysis.analyze(made.write(tmp_path / "replay.json"), [capture])
+    assert "on several streams at once" in found.graphs[0]
 
 
 def test_events_of_negative_length_take_no_time(tmp_path):

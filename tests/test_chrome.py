@@ -123,6 +123,25 @@ def test_one_fraction_among_whole_microseconds_is_exact():
 # -- damage ------------------------------------------------------------------------------------------
 
 
+def test_events_that_begin_with_other_fields_are_read_up_to_the_damage():
+    """Files put together, or written again, begin their metadata otherwise than their events."""
+    meta = [f'{{"name":"process_name","ph":"M","pid":{n},"args":{{"name":"x"}}}}' for n in range(5)]
+    rows = [f'{{"ph":"X","name":"op","ts":{10 * n},"dur":5,"args":{{"a":[{{"b":1}},{{"b":2}}]}}}}' for n in range(300)]
+    whole = f'{{"traceEvents":[{",".join(meta + rows)}]}}'
+    assert len(chrome.parse(whole.encode()).events) == 300
+    cut = chrome.parse(whole[: len(whole) * 9 // 10].encode())
+    assert 260 <= len(cut.events) < 300 and cut.damage.lost <= 1 and cut.damage.cut_short
+    at = whole.index('"op"', len(whole) // 2)
+    broken = chrome.parse((whole[:at] + "@" + whole[at + 1 :]).encode())
+    assert (len(broken.events), broken.damage.lost) == (299, 1)
+
+
+def test_an_event_in_front_of_a_break_is_kept():
+    text = b'{"traceEvents":[{"ph":"X","name":"a","ts":1,"dur":1},{"ph":"X","name":"b","ts":2,"dur":1}, {"p'
+    found = chrome.parse(text)
+    assert len(found.events) == 2 and found.damage.cut_short
+
+
 def many(count: int = 3000) -> HandMade:
     made = HandMade()
     for number in range(count):

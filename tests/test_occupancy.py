@@ -146,6 +146,31 @@ def test_a_device_that_waits_for_something_else_is_not_called_busy():
     assert stages.iloc[-1]["verdict"] == "waiting"
 
 
+def test_clocks_that_disagree_allow_no_verdict():
+    made = HandMade()
+    for number in range(20):
+        made.kernel(made.launch(100 + 10 * number), 10 * number, 2)
+    stages, _, _ = table_of(made)
+    assert stages.iloc[-1]["verdict"] == "unknown" and "clocks" in stages.iloc[-1]["evidence"]
+
+
+def test_one_kernel_is_no_pace():
+    made = HandMade()
+    made.kernel(made.launch(0), 5, 2)
+    assert table_of(made)[0].iloc[-1]["verdict"] == "unknown"
+
+
+def test_times_too_far_apart_for_one_axis():
+    """A stray event of 1970 among those of today, on eight devices."""
+    made = HandMade()
+    now = 1_700_000_000_000_000
+    for number in range(40):
+        made.kernel(made.launch(now + 10 * number), now + 10 * number + 5, 4, device=number % 8)
+    made.kernel(made.launch(1), 3, 4, device=0)
+    _, _, found = table_of(made)
+    assert found.busy_ns.sum() == 41 * 4000 and (found.idle_ns >= 0).all()
+
+
 def test_without_launches_there_is_no_verdict():
     made = HandMade()
     for number in range(5):

@@ -109,6 +109,10 @@ def test_training_is_no_generation(tmp_path):
     assert steps_of(loop(first, EVERY), tmp_path)[0] == []
 
 
+def test_inputs_made_before_a_loop_are_no_prefill(tmp_path):
+    assert steps_of(loop(["aten::randint", *EVERY], EVERY), tmp_path)[0] == [""] * 5
+
+
 def test_a_prefill_differs_from_what_repeats(tmp_path):
     assert steps_of(loop(["aten::conv2d", *EVERY], EVERY), tmp_path)[0] == ["prefill"] + ["decode"] * 4
 
