@@ -136,6 +136,11 @@ def _dilation(run: Run) -> Iterator[Verdict]:
 
 def _steady(run: Run) -> Iterator[Verdict]:
     totals = [float(tables.stage_ns(spans).sum()) / tables.MS for spans in run.clean]
+    machine = run.manifest.get("machine") or {}
+    if "clock_ns" in machine:
+        coarse = machine["clock_ns"] / max(stats.median(totals) * tables.MS, 1.0)
+        said = f"the clock's resolution, {machine['clock_ns']:g} ns, against a typical pass"
+        yield bounded("steadiness: clock", coarse, DEVICE_SUMS, "", said)
     yield from steadiness(totals, run.manifest.get("machine") or {})
 
 

@@ -42,6 +42,12 @@ class Measured:
     work: pd.DataFrame
     ids: list[str] | None
 
+    @property
+    def failed(self) -> list[str]:
+        """The checks that the run failed: its figures are not to be trusted."""
+        verdicts = (self.about.get("checks") or {}).get("verdicts") or []
+        return [one["check"] for one in verdicts if one["ok"] is False]
+
 
 def load(path: str | os.PathLike[str]) -> Measured:
     """Return what a run directory holds, whether of one sample or of many. Raises InputError if it is none."""
@@ -88,8 +94,8 @@ def compare(base: Measured, other: Measured) -> pd.DataFrame:
     """Return a row a stage, one for the total, and rows of equal work.
 
     Columns: base_ms and other_ms (medians), base_low, base_high, other_low, other_high (95 % bootstrap intervals of
-    the medians), ratio (other over base), ratio_low, ratio_high, differs (the ratio's interval leaves out 1, at a
-    confidence raised for the number of rows, so that in 95 % of comparisons of one thing with itself no row differs).
+    the medians), ratio (other over base), ratio_low, ratio_high, differs (stats.differ(), at a level lowered for the
+    number of rows, so that in 95 % of comparisons of one thing with itself no row differs).
     Where both runs measured the same samples, or repeats in turn, ratios are paired: the median of the pairs' own.
     """
     one, two, paired = _aligned(base, other)
@@ -153,7 +159,6 @@ def _row(one: pd.Series, two: pd.Series, paired: bool, rows: int) -> dict[str, A
     else:
         a, b = a[np.isfinite(a)], b[np.isfinite(b)]
     low, high = stats.ratio_interval(a, b, paired)
-    surely_low, surely_high = stats.ratio_interval(a, b, paired, 1 - (1 - stats.CONFIDENCE) / rows)
     return {
         "base_ms": stats.median(a),
         **dict(zip(("base_low", "base_high"), stats.median_interval(a), strict=True)),
@@ -162,7 +167,7 @@ def _row(one: pd.Series, two: pd.Series, paired: bool, rows: int) -> dict[str, A
         "ratio": stats.median_ratio(a, b, paired),
         "ratio_low": low,
         "ratio_high": high,
-        "differs": bool(surely_low > 1 or surely_high < 1),
+        "differs": stats.differ(a, b, paired, rows),
     }
 
 

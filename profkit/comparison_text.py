@@ -20,9 +20,12 @@ def report(base: Measured, others: Sequence[Measured]) -> Iterator[Table | str]:
         yield f"[bold]{escape(other.name)}[/bold] over [bold]{escape(base.name)}[/bold]"
         yield _table(compare(base, other))
         yield f"[bold]{escape(gap(base, other).sentence(base.name, other.name))}[/bold]"
+        for one in (base, other):
+            if one.failed:
+                yield f"[red]{escape(one.name)} failed checks: {escape(', '.join(one.failed))}[/red]"
         for said in unlike(base, other):
             yield f"[yellow]not alike: {escape(said)}[/yellow]"
-    yield "[dim]medians of host time with 95 % bootstrap intervals; * marks ratios whose interval leaves out 1[/dim]"
+    yield "[dim]medians of host time with 95 % bootstrap intervals; * marks what differs beyond chance[/dim]"
 
 
 def _table(rows: pd.DataFrame) -> Table:
@@ -61,6 +64,7 @@ def as_dict(base: Measured, others: Sequence[Measured]) -> dict[str, Any]:
                     "gap": {"total_ms": split.total_ms, "output_length_ms": split.output_length_ms},
                     "sentence": split.sentence(base.name, other.name),
                     "not_alike": unlike(base, other),
+                    "failed_checks": {base.name: base.failed, other.name: other.failed},
                 }
                 for other in others
                 for split in [gap(base, other)]

@@ -187,7 +187,8 @@ class Tracing:
             self.plan.progress(f"warm-up {number + 1} of {self.plan.warmup}")
             self.control()
         self.modules, self.graphs = environment.modules_of(self.model), environment.graphs_compiled()
-        self.machine = {"cores": os.cpu_count(), "before": environment.machine_now()}
+        clock_ns = time.get_clock_info("perf_counter").resolution * 1e9
+        self.machine = {"cores": os.cpu_count(), "clock_ns": clock_ns, "before": environment.machine_now()}
 
     def repeat(self, number: int) -> None:
         """Make one clean pass beside a control."""

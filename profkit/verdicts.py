@@ -22,9 +22,10 @@ class Verdict:
 
 def bounded(check: str, measured: float, allowed: float, unit: str, sentence: str) -> Verdict:
     """Return the verdict on a figure that must not exceed a bound; unknown if it is NaN."""
-    return Verdict(check, None if measured != measured else measured <= allowed, measured, allowed, unit, sentence)
+    ok = None if measured != measured else bool(measured <= allowed)
+    return Verdict(check, ok, float(measured), float(allowed), unit, sentence)
 
 
 def known(check: str, measured: float, unit: str, sentence: str) -> Verdict:
     """Return a figure to be known that has no bound."""
-    return Verdict(check, None, measured, float("nan"), unit, sentence)
+    return Verdict(check, None, float(measured), float("nan"), unit, sentence)

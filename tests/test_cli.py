@@ -193,11 +193,29 @@ def fickle():
     return model, kwargs
 
 
-def test_a_failed_check_is_exit_status_1(tmp_path):
-    status, out, err = invoke("trace", "test_cli:fickle", *QUICK, "--no-profile")
+def test_a_failed_check_is_said_and_with_strict_is_exit_status_1(tmp_path):
+    status, out, _ = invoke("trace", "test_cli:fickle", *QUICK, "--no-profile")
+    assert status == 0 and "FAILED tokens: 1 passes (at most 0 passes)" in out
+    status, _, err = invoke("trace", "test_cli:fickle", *QUICK, "--no-profile", "--strict")
     assert status == 1
-    assert "tokens with and without the instrument: DIFFERENT" in out
-    assert "these checks failed: tokens with and without the instrument differ" in err
+    assert "these checks failed: " in err and "tokens (1 passes (at most 0 passes))" in err
+
+
+def test_verify_shows_every_check_of_a_model_and_of_its_run(tmp_path):
+    run = tmp_path / "run"
+    options = ("--max-new-tokens", "2", "--repeat", "3", "--json")
+    status, out, _ = invoke("verify", "tiny-llava", *options, "--out", str(run))
+    assert status in (0, 1)  # a busy machine fails the checks of steadiness
+    told = json.loads(out)
+    by_name = {one["check"]: one for one in told["verdicts"]}
+    sure = [name for name in by_name if name.startswith(("sums", "same", "tokens", "capture", "encoded"))]
+    assert len(sure) >= 20 and all(by_name[name]["ok"] for name in sure)
+    assert {"decoupled truth: encoding", "delay: vision", "delay: select, elsewhere"} <= set(by_name)
+    assert all(by_name[f"delay: {name}"]["ok"] for name in ("vision", "projector", "decoder layer", "head"))
+    status, out, _ = invoke("verify", str(run))
+    assert "sums: scopes" in out and "0 ns (at most 0 ns)" in out
+    kept = [one["check"] for one in profkit.load(run).manifest["checks"]["verdicts"]]
+    assert kept == list(by_name)
 
 
 def test_debug_shows_the_traceback():

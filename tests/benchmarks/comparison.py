@@ -1,6 +1,6 @@
 """Does the comparison say what is so? Identical models, and one whose projector is slower by a known 10 %.
 
-    python tests/benchmarks/comparison.py [--pairs 40] [--repeat 30] [--slower 10]
+    python tests/benchmarks/comparison.py [--pairs 20] [--repeat 60] [--slower 10]
 
 In every pair two models are measured in turn, once in each repeat, and compared. Of identical models no row may differ
 in 95 % of the pairs; a slowed projector must be found, and nothing else with it. The slowed one waits, inside
@@ -50,8 +50,8 @@ def case() -> tuple[nn.Module, dict[str, Any]]:
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=40)
-    parser.add_argument("--repeat", type=int, default=30)
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--repeat", type=int, default=60)
     parser.add_argument("--slower", type=float, default=10, help="per cent")
     options = parser.parse_args()
     plan = {"repeat": options.repeat, "profile": False, "seed": 0, "granularity": "stage"}

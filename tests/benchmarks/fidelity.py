@@ -1,0 +1,79 @@
+"""Are the numbers right? Sums, known delays and the split made for real, as `profkit verify` finds them.
+
+    python tests/benchmarks/fidelity.py [--models tiny-llava tiny-video-llava tiny-eventgpt] [--repeats 15] [--tokens 8]
+
+Every figure stands beside its bound. "plain" is the uninstrumented run, the floor; the peers are the two ways that
+people split by hand: the vision tower timed alone before generate(), which encodes twice, and the encoding subtracted
+from the whole. One thread by default, so that another process does not stall an operator's threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+from time import perf_counter_ns
+
+import torch
+
+import profkit
+from profkit import checks, models, samples, stats, tracing, verification
+from profkit.text import figure
+
+MARKS = {True: "pass", False: "FAIL", None: "open"}
+SHOWN = ("sums", "same", "decoupled", "delay", "overhead", "encoded")
+
+
+def by_hand(loaded: models.Loaded, kwargs: dict, run: profkit.Run, repeats: int) -> str:
+    """Return what the published way of splitting gives: the encoding alone, then generate(), added up."""
+    anatomy = run.anatomy
+    tower = loaded.model.get_submodule(anatomy.paths("vision_tower")[0])
+    seen: list[tuple] = []
+    hook = tower.register_forward_pre_hook(lambda module, args, given: seen.append((args, given)), with_kwargs=True)
+    loaded.model.generate(**kwargs)  # type: ignore[operator]
+    hook.remove()
+    alone, whole = [], []
+    for _ in range(repeats):
+        begin = perf_counter_ns()
+        with torch.no_grad():
+            for args, given in seen:
+                tower(*args, **given)
+        middle = perf_counter_ns()
+        loaded.model.generate(**kwargs)  # type: ignore[operator]
+        alone.append((middle - begin) / 1e6)
+        whole.append((perf_counter_ns() - middle) / 1e6)
+    first, second = stats.median(alone), stats.median(whole)
+    return (
+        f"by hand: tower alone {first:.1f} ms, generate() {second:.1f} ms, together {first + second:.1f} ms: "
+        f"{first / second:.0%} too much, as the tower runs twice"
+    )
+
+
+def main() -> None:
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["tiny-llava", "tiny-video-llava", "tiny-eventgpt"])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = models.choose_device(options.device)
+    print(
+        f"{options.repeats} repeats, {options.tokens} tokens, {device}, {options.threads} threads, torch {torch.__version__}"
+    )
+    for name in options.models:
+        loaded = models.load_model(name, device, weights="random" if name.endswith("7b") else "auto")
+        sample = samples.sample_for(loaded.processor, loaded.model, [], None, options.tokens)
+        given = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens, "do_sample": False}
+        kwargs = {**tracing.prepared(sample), **given}
+        run = tracing.trace(loaded.model, sample=sample, options=given, repeat=options.repeats, profile=False, seed=0)
+        print(f"\n{name}: {by_hand(loaded, kwargs, run, options.repeats)}")
+        for one in verification.verify(loaded.model, kwargs, run, options.repeats):
+            if one.check.startswith(SHOWN):
+                print(f"{MARKS[one.ok]}  {one.check:38} {figure(one):34} {one.sentence}")
+        failed = [one.check for one in checks.failed(run) if one.check.startswith(SHOWN)]
+        print(f"{name}: {'failed: ' + ', '.join(failed) if failed else 'nothing failed'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""Do the checks have teeth? Each thing they watch is broken once, and the check must see it."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import numpy as np
+import pytest
+import torch
+from builders import small_llava, tiny_llava
+
+import profkit
+from profkit import attribution, checks, decoupled, delays, environment, invariance, kineto, ledger, probes, samples
+from profkit.steadiness import steadiness
+from profkit.verdicts import Verdict, bounded, known
+
+GREEDY = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def llava():
+    loaded = tiny_llava()
+    sample = samples.sample_for(loaded.processor, loaded.model, [], None, 3)
+    kwargs = {**sample.transfer(sample.preprocess(sample.load())), **GREEDY}
+    return loaded.model, kwargs, profkit.inspect(loaded.model, **kwargs)
+
+
+def by_name(verdicts) -> dict[str, Verdict]:
+    return {one.check: one for one in verdicts}
+
+
+def traced(**plan):
+    model, kwargs = small_llava()
+    return profkit.trace(model, kwargs, **{"repeat": 3, "warmup": 1, "profile": False, **plan})
+
+
+def failing(run) -> list[str]:
+    """What a run failed, the machine's own unrest and the price of probes on a model of microseconds left out."""
+    return [one.check for one in checks.failed(run) if not one.check.startswith(("steadiness", "overhead"))]
+
+
+def test_a_sound_run_passes():
+    run = traced(profile=True)
+    assert failing(run) == []
+    found = by_name(checks.verdicts(run))
+    assert {"sums: scopes", "tokens", "overhead", "dilation", "profile: ranges", "capture: modules"} <= set(found)
+    assert "steadiness: clock" in found
+
+
+def test_figures_and_bounds():
+    assert bounded("a", 1.0, 2.0, "ms", "").ok is True
+    assert bounded("a", 3.0, 2.0, "ms", "").ok is False
+    assert bounded("a", float("nan"), 2.0, "ms", "").ok is known("a", 1.0, "", "").ok is None
+
+
+# -- what a run can tell ---------------------------------------------------------------------------
+
+
+def test_a_probe_that_changes_what_passes_through(monkeypatch):
+    plain = probes.Instrument._plain_probe
+
+    def spoiling(self, bound, code, wrappers):
+        probe = plain(self, bound, code, wrappers)
+
+        def probed(*args, **kwargs):
+            output = probe(*args, **kwargs)
+            return -output if isinstance(output, torch.Tensor) and wrappers.active else output
+
+        return functools.wraps(bound)(probed)
+
+    monkeypatch.setattr(probes.Instrument, "_plain_probe", spoiling)
+    assert "tokens" in failing(traced())
+
+
+def test_a_ledger_that_loses_a_mark(monkeypatch):
+    whole = ledger.Ledger.marks
+
+    def losing(self, *args):
+        marks = whole(self, *args)
+        kept = np.ones(len(marks), dtype=bool)
+        kept[len(marks) // 2] = False
+        return ledger.Marks(*(getattr(marks, name)[kept] for name in vars(marks)))
+
+    monkeypatch.setattr(ledger.Ledger, "marks", losing)
+    assert "capture: marks" in failing(traced())
+
+
+def test_a_scope_that_counts_twice():
+    run = traced()
+    spans = run.clean[0]
+    doubled = spans.self_ns.copy()
+    doubled[len(doubled) // 2] *= 2
+    spans.__dict__["self_ns"] = doubled
+    found = by_name(checks.verdicts(run))["sums: scopes"]
+    assert found.ok is False and found.measured > 0
+
+
+def test_a_profile_that_lost_ranges(monkeypatch):
+    whole = kineto.Session.events
+
+    def losing(self):
+        events = whole(self)
+        ranges = np.flatnonzero(attribution.is_range(events))
+        keep = np.ones(len(events), dtype=bool)
+        keep[ranges[len(ranges) // 2]] = False
+        return events.select(keep)
+
+    monkeypatch.setattr(kineto.Session, "events", losing)
+    assert "profile: ranges" in failing(traced(profile=True))
+
+
+def test_a_part_that_is_exchanged_meanwhile():
+    model, kwargs = small_llava()
+    exchanged = iter(range(100))
+    plain = model.generate
+
+    def generate(**given):
+        if next(exchanged) == 4:
+            model.lm_head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+        return plain(**given)
+
+    model.generate = generate
+    run = profkit.trace(model, kwargs, repeat=3, warmup=1, profile=False)
+    assert "capture: modules" in failing(run)
+
+
+def test_probes_that_cost_too_much(monkeypatch):
+    mark = ledger.Ledger.marker
+
+    def slow(self, *args):
+        inner = mark(self, *args)
+
+        def marking(code):
+            time.sleep(0.002)
+            return inner(code)
+
+        return marking
+
+    monkeypatch.setattr(ledger.Ledger, "marker", slow)
+    run = traced(repeat=5)
+    assert by_name(checks.verdicts(run))["overhead"].ok is False
+
+
+def test_a_tower_that_runs_twice():
+    model, kwargs = small_llava()
+    inner = model.model.get_image_features
+
+    def wasteful(pixel_values, **others):
+        model.model.vision_tower(pixel_values)
+        return inner(pixel_values, **others)
+
+    model.model.get_image_features = wasteful
+    assert "encoded twice" in failing(profkit.trace(model, kwargs, repeat=1, profile=False))
+
+
+# -- steadiness ------------------------------------------------------------------------------------
+
+
+def noise(count: int, spread: float = 0.005) -> np.ndarray:
+    return 100 * (1 + spread * np.random.default_rng(0).standard_normal(count))
+
+
+def test_steady_repeats_may_be_quoted():
+    quiet = {"busy_s": 0.0, "own_s": 0.0, "stolen_s": 0.0, "frequency_mhz": 3000.0}
+    after = {"wall_s": 10.0, "busy_s": 10.2, "own_s": 10.0, "stolen_s": 0.1, "frequency_mhz": 2990.0}
+    machine = {"cores": 2, "before": {"wall_s": 0.0, **quiet}, "after": after}
+    found = by_name(steadiness(noise(20), machine))
+    assert [one.check for one in found.values() if one.ok is not True] == []
+    machine["after"] |= {"busy_s": 15.0, "stolen_s": 4.0, "frequency_mhz": 2000.0}
+    found = by_name(steadiness(noise(20), machine))
+    for name in ("background load", "stolen time", "frequency"):
+        assert found[f"steadiness: {name}"].ok is False
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        (noise(20) * np.linspace(1, 1.2, 20), "drift"),
+        (np.append(150, noise(19)), "warm-up"),
+        (noise(20) * np.where(np.arange(20) % 3, 1, 2), "outliers"),
+        (noise(6, 0.2), "median"),
+    ],
+)
+def test_what_is_not_steady_is_said(values, name):
+    found = by_name(steadiness(values, {}))
+    assert found[f"steadiness: {name}"].ok is False
+    if name == "median":
+        assert "repeats would give ±2%" in found["steadiness: median"].sentence
+
+
+def test_few_repeats_leave_it_open():
+    found = by_name(steadiness([1.0, 1.1], {}))
+    assert {one.ok for one in found.values()} == {None}
+    assert "cannot be read" in found["steadiness: background load"].sentence
+
+
+# -- experiments -----------------------------------------------------------------------------------
+
+
+def test_the_instrument_changes_nothing(llava):
+    found = list(invariance.invariance(*llava))
+    assert {one.ok for one in found} == {True} and len(found) == 13
+
+
+def test_experiments_see_a_probe_that_spoils(llava, monkeypatch):
+    plain = probes.Instrument._plain_probe
+
+    def spoiling(self, bound, code, wrappers):
+        probe = plain(self, bound, code, wrappers)
+
+        def probed(*args, **kwargs):
+            torch.rand(1)
+            output = probe(*args, **kwargs)
+            return -output if isinstance(output, torch.Tensor) and wrappers.active else output
+
+        return functools.wraps(bound)(probed)
+
+    monkeypatch.setattr(probes.Instrument, "_plain_probe", spoiling)
+    found = by_name(invariance.invariance(*llava))
+    assert found["same tokens: greedy, stage"].ok is False
+    assert found["same random state: greedy, stage"].ok is False
+
+
+def test_a_model_that_is_not_deterministic_is_said(llava):
+    model, kwargs, anatomy = llava
+    plain, count = model.generate, iter(range(1000))
+    model.generate = lambda **given: plain(**given) + next(count)
+    try:
+        found = by_name(invariance.invariance(model, kwargs, anatomy))
+    finally:
+        del model.generate
+    assert found["same tokens: greedy"].ok is None
+    assert "other tokens each time by itself" in found["same tokens: greedy"].sentence
+
+
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-eventgpt"])
+def test_the_truth_is_to_be_had_by_features_and_by_embeddings(name):
+    from profkit import models
+
+    loaded = models.load_model(name, torch.device("cpu"))
+    sample = samples.sample_for(loaded.processor, loaded.model, [], None, 3)
+    kwargs = {**sample.transfer(sample.preprocess(sample.load())), **GREEDY}
+    anatomy = profkit.inspect(loaded.model, **kwargs)
+    before = dict(loaded.model.__dict__)
+    found = by_name(decoupled.decoupled(loaded.model, kwargs, anatomy, repeats=3))
+    assert set(found) == {f"decoupled truth: {one}" for one in ("encoding", "generating", "the rest")}
+    assert all(0 <= one.measured < 1 for one in found.values())
+    assert loaded.model.__dict__.keys() == before.keys()
+
+
+def test_a_tower_that_the_instrument_slows_is_seen_by_the_truth(llava, monkeypatch):
+    plain = probes.Instrument._tower_probe
+
+    def slow(self, bound, code, wrappers):
+        def delayed(*args, **kwargs):
+            time.sleep(0.3)
+            return bound(*args, **kwargs)
+
+        return plain(self, delayed, code, wrappers)
+
+    monkeypatch.setattr(probes.Instrument, "_tower_probe", slow)
+    found = by_name(decoupled.decoupled(*llava, repeats=3))["decoupled truth: encoding"]
+    assert found.measured > 1 and found.ok is not True
+
+
+def test_where_the_truth_is_not_to_be_had_it_is_said(llava, monkeypatch):
+    monkeypatch.setattr(decoupled, "_split", lambda *_: (None, "the test says so"))
+    (found,) = decoupled.decoupled(*llava)
+    assert found.ok is None and "not to be had: the test says so" in found.sentence
+
+
+def test_delays_are_found_where_they_are(llava):
+    model, kwargs, anatomy = llava
+    before = environment.modules_of(model)
+    found = by_name(delays.delays(model, kwargs, anatomy, repeats=3))
+    assert all(found[f"delay: {name}"].ok for name in ("vision", "projector", "decoder layer", "head"))
+    assert environment.modules_of(model) == before
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_probe_that_does_not_mark_loses_the_delay(llava, monkeypatch):
+    plain = probes.Instrument._attach
+
+    def blind(self, wrappers, module, name, scope):
+        if "projector" not in scope.path:
+            plain(self, wrappers, module, name, scope)
+
+    monkeypatch.setattr(probes.Instrument, "_attach", blind)
+    found = by_name(delays.delays(*llava, repeats=3))
+    assert found["delay: projector"].ok is not True
+    assert found["delay: vision"].ok is True
