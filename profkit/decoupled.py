@@ -21,7 +21,7 @@ from profkit.capture import profile
 from profkit.environment import device_of
 from profkit.plan import methods
 from profkit.probes import sequences
-from profkit.verdicts import Verdict, bounded, known
+from profkit.verdicts import Verdict, known, within
 from profkit.wrapping import Wrappers
 
 ALLOWED, REPEATS, SHARE = 0.03, 15, 0.20
@@ -142,13 +142,8 @@ def _held(name: str, pairs: Sequence[tuple[float, float]], said: str, binding: b
     off = stats.median(ratios) - 1
     low, high = (edge - 1 for edge in stats.median_interval(ratios))
     said = f"{said}: {attributed:.2f} ms and {true:.2f} ms, {off:+.1%} (95 % interval {low:+.1%} to {high:+.1%})"
-    found = bounded(f"decoupled truth: {name}", abs(off), ALLOWED, "", said)
-    noisy = (high - low) / 2 > ALLOWED
-    if not binding or noisy:
-        return Verdict(
-            found.check, None, found.measured, found.allowed, found.unit, said + ": too noisy to tell" * noisy
-        )
-    return found
+    found = within(f"decoupled truth: {name}", off, (low, high), ALLOWED, "", said)
+    return found if binding else known(found.check, found.measured, "", said)
 
 
 def _sum(times: Mapping[str, float], which: str, names: Sequence[str]) -> float:

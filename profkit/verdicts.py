@@ -26,6 +26,19 @@ def bounded(check: str, measured: float, allowed: float, unit: str, sentence: st
     return Verdict(check, ok, float(measured), float(allowed), unit, sentence)
 
 
+def within(check: str, off: float, interval: tuple[float, float], allowed: float, unit: str, sentence: str) -> Verdict:
+    """Return the verdict on a deviation that must stay within ± a bound, given its interval.
+
+    Noise larger than the bound leaves it open, and so does an interval that reaches from outside the bound into it.
+    """
+    low, high = interval
+    outside = abs(off) > allowed
+    reaches_in = low <= allowed and high >= -allowed
+    open_yet = bool(low != low or (high - low) / 2 > allowed or (outside and reaches_in))
+    ok = None if open_yet else not outside
+    return Verdict(check, ok, abs(float(off)), float(allowed), unit, sentence + ": too noisy to tell" * open_yet)
+
+
 def known(check: str, measured: float, unit: str, sentence: str) -> Verdict:
     """Return a figure to be known that has no bound."""
     return Verdict(check, None, float(measured), float("nan"), unit, sentence)

@@ -48,7 +48,7 @@ def printed(parts: Iterable[Any]) -> str:
 
 def filled(readme: str) -> str:
     """Return the README with each figure block replaced by what the runs give."""
-    shown = ("overhead", "attribution")
+    shown = ("overhead", "attribution", "fidelity")
     measured = {name: (RESULTS / f"{name}.txt").read_text(encoding="utf-8").rstrip() for name in shown}
     blocks = {"table": table(), "inspect": command("inspect"), "analyze": analysis(), **measured}
     for name, content in blocks.items():

@@ -13,7 +13,7 @@ from builders import small_llava, tiny_llava
 import profkit
 from profkit import attribution, checks, decoupled, delays, environment, invariance, kineto, ledger, probes, samples
 from profkit.steadiness import steadiness
-from profkit.verdicts import Verdict, bounded, known
+from profkit.verdicts import Verdict, bounded, known, within
 
 GREEDY = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
 
@@ -52,6 +52,12 @@ def test_figures_and_bounds():
     assert bounded("a", 1.0, 2.0, "ms", "").ok is True
     assert bounded("a", 3.0, 2.0, "ms", "").ok is False
     assert bounded("a", float("nan"), 2.0, "ms", "").ok is known("a", 1.0, "", "").ok is None
+    # Sure to be inside, sure to be outside; noisy, and reaching in from outside.
+    cases = {(0.01, 0.0, 0.02): True, (0.09, 0.06, 0.1): False, (0.0, -0.2, 0.2): None, (0.06, 0.01, 0.07): None}
+    for (off, low, high), ok in cases.items():
+        assert within("a", off, (low, high), 0.05, "", "").ok is ok
+    nan = float("nan")
+    assert within("a", 0.0, (nan, nan), 0.05, "", "").ok is None
 
 
 # -- what a run can tell ---------------------------------------------------------------------------

@@ -1,10 +1,9 @@
 """Are the numbers right? Sums, known delays and the split made for real, as `profkit verify` finds them.
 
-    python tests/benchmarks/fidelity.py [--models tiny-llava tiny-video-llava tiny-eventgpt] [--repeats 15] [--tokens 8]
+    python tests/benchmarks/fidelity.py [--models NAME ...] [--repeats 15] [--tokens 8] [--long]
 
-Every figure stands beside its bound. "plain" is the uninstrumented run, the floor; the peers are the two ways that
-people split by hand: the vision tower timed alone before generate(), which encodes twice, and the encoding subtracted
-from the whole. One thread by default, so that another process does not stall an operator's threads.
+Every figure stands beside its bound. The peer is the way that people split by hand: the vision tower timed alone ahead
+of generate(), which encodes twice. One thread by default, so that another process does not stall an operator's threads.
 """
 
 from __future__ import annotations
@@ -55,12 +54,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--long", action="store_true", help="what each figure means")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = models.choose_device(options.device)
-    print(
-        f"{options.repeats} repeats, {options.tokens} tokens, {device}, {options.threads} threads, torch {torch.__version__}"
-    )
+    where = f"{device}, {options.threads} threads, torch {torch.__version__}"
+    print(f"{options.repeats} repeats, {options.tokens} tokens, {where}")
     for name in options.models:
         loaded = models.load_model(name, device, weights="random" if name.endswith("7b") else "auto")
         sample = samples.sample_for(loaded.processor, loaded.model, [], None, options.tokens)
@@ -70,7 +69,8 @@ def main() -> None:
         print(f"\n{name}: {by_hand(loaded, kwargs, run, options.repeats)}")
         for one in verification.verify(loaded.model, kwargs, run, options.repeats):
             if one.check.startswith(SHOWN):
-                print(f"{MARKS[one.ok]}  {one.check:38} {figure(one):34} {one.sentence}")
+                sentence = one.sentence if options.long else ""
+                print(f"{MARKS[one.ok]}  {one.check:38} {figure(one):34} {sentence}".rstrip())
         failed = [one.check for one in checks.failed(run) if one.check.startswith(SHOWN)]
         print(f"{name}: {'failed: ' + ', '.join(failed) if failed else 'nothing failed'}")
 
