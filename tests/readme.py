@@ -37,6 +37,12 @@ def analysis() -> str:
     return printed.replace(str(ROOT) + "/", "").rstrip()
 
 
+def fidelity() -> str:
+    """Return what the benchmark of fidelity found of the first system, the rows of equal tokens left out."""
+    first, second, *_ = (RESULTS / "fidelity.txt").read_text(encoding="utf-8").split("\n\n")
+    return "\n".join(line for line in f"{first}\n{second}".splitlines() if "  same " not in line)
+
+
 def printed(parts: Iterable[Any]) -> str:
     """Return the parts of a report as a terminal of 118 columns shows them."""
     console = Console(file=io.StringIO(), width=118, highlight=False, color_system=None)
@@ -48,8 +54,9 @@ def printed(parts: Iterable[Any]) -> str:
 
 def filled(readme: str) -> str:
     """Return the README with each figure block replaced by what the runs give."""
-    shown = ("overhead", "attribution", "fidelity")
+    shown = ("overhead", "attribution", "comparison")
     measured = {name: (RESULTS / f"{name}.txt").read_text(encoding="utf-8").rstrip() for name in shown}
+    measured["fidelity"] = fidelity()
     blocks = {"table": table(), "inspect": command("inspect"), "analyze": analysis(), **measured}
     for name, content in blocks.items():
         block = f"<!-- {name} -->\n```\n{content}\n```\n<!-- /{name} -->"
