@@ -126,6 +126,8 @@ def launches(events: Events) -> np.ndarray:
 def ambiguous(events: Events) -> np.ndarray:
     """Return which device events have a correlation that calls of several processes have: files put together."""
     calls = np.flatnonzero((events.kind == Kind.RUNTIME) & (events.correlation > 0))
+    if not (events.process[calls] != events.process[calls[:1]]).any():
+        return np.zeros(len(events), dtype=bool)
     calls = calls[np.lexsort((events.process[calls], events.correlation[calls]))]
     number, process = events.correlation[calls], events.process[calls]
     several = np.unique(number[1:][(number[1:] == number[:-1]) & (process[1:] != process[:-1])])

@@ -260,8 +260,9 @@ def host_table(events: Events, owners: Owners, forest: Forest) -> pd.DataFrame:
     shown = np.flatnonzero((calls > 0) | (host_ns > 0))
     stages = [names[one] for one in shown.tolist()]
     step = owners.step[forest.rows]
-    pairs = np.unique(np.stack([stage[step >= 0], step[step >= 0]]), axis=1)
-    steps = np.bincount(pairs[0], minlength=len(names))[shown]
+    occurs = np.zeros((len(names), len(owners.scopes.step_labels) + 1), dtype=bool)
+    occurs[stage, step] = True  # the last column is that of no step
+    steps = occurs[:, :-1].sum(axis=1)[shown]
     return pd.DataFrame({"stage": stages, "steps": steps, "operators": calls[shown], "host_ms": host_ns[shown] / MS})
 
 
