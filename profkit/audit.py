@@ -14,10 +14,9 @@ import numpy as np
 import torch
 
 from profkit import stages
-from profkit.encodings import Encoding, Encodings, Held
+from profkit.encodings import TOWERS, Encoding, Encodings, Held
 from profkit.spans import NOBODY, Spans
 
-TOWERS = ("vision", "audio")
 Content = bytes
 """Stands for the values of one image, frame or recording."""
 

@@ -49,15 +49,10 @@ def failed(run: Run) -> list[Verdict]:
 
 def residuals_ns(spans: Spans) -> dict[str, int]:
     """Return by how many ns sums miss their total: over scopes, over stages, and over steps those of the decoder."""
-    total = int(spans.total_ns[(spans.depth == 0) & (spans.root >= 0)].sum())
     by_stage = tables.stage_ns(spans)
     decoder = int(by_stage[[stages.INDEX["prefill"], stages.INDEX["decode"]]].sum())
     steps = round(float(tables.step_table(spans)["host_ms"].sum()) * tables.MS)
-    return {
-        "scopes": int(spans.self_ns[spans.root >= 0].sum()) - total,
-        "stages": int(by_stage.sum()) - total,
-        "steps": steps - decoder,
-    }
+    return {**spans.residuals_ns(), "steps": steps - decoder}
 
 
 def _sums(run: Run) -> Iterator[Verdict]:

@@ -233,8 +233,8 @@ class _Columns:
             return
         exact = isinstance(found[0], ExactEvent)
         start, duration = (_us(map(attrgetter(name), found), len(found), exact) for name in ("ts", "dur"))
-        sane = (np.abs(start) < MOST_US) & (np.abs(duration) < MOST_US)
-        if not sane.all():
+        if not all(one.min() > -MOST_US and one.max() < MOST_US for one in (start, duration)):
+            sane = (np.abs(start) < MOST_US) & (np.abs(duration) < MOST_US)
             self.beyond += int((~sane).sum())
             found, start, duration = list(compress(found, sane.tolist())), start[sane], duration[sane]
         size = len(found)

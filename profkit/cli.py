@@ -201,7 +201,8 @@ def verify(arguments: tuple[str, ...], model: str | None, out: Path | None, as_j
     if model is None and not inputs and (Path(name) / "run.json").is_file():
         from profkit import run as runs
 
-        result, found = runs.load(name), checks.verdicts(runs.load(name))
+        result = runs.load(name)
+        found = checks.verdicts(result)
     else:
         with Console(stderr=True).status("starting") as status:
             result, found = _verified(name, inputs, out, options, status.update)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import Any
@@ -124,7 +124,7 @@ def _one(
         waits = Waits(at)
         pair: dict[bool, Spans] = {}
         for late in (False, True) if number % 2 == 0 else (True, False):
-            with _delayed(model, kwargs, path, waits, wait_ns) if late else _plain(kwargs) as given:
+            with _delayed(model, kwargs, path, waits, wait_ns) if late else nullcontext(kwargs) as given:
                 pair[late] = _spans(model, given, anatomy)
         change_ms = (tables.stage_ns(pair[True]) - tables.stage_ns(pair[False])) / tables.MS
         mine = _stages_of(pair[True], path)
@@ -166,11 +166,6 @@ def _stages_of(spans: Spans, path: str) -> np.ndarray:
     scope = np.array([scope.path == path for scope in spans.scopes])[spans.scope]
     inside = np.append(spans.nearest(scope), -1)[spans.owner] >= 0
     return np.isin(np.arange(len(stages.STAGES)), spans.stage[inside])
-
-
-@contextmanager
-def _plain(kwargs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    yield kwargs
 
 
 @contextmanager

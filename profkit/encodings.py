@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+TOWERS = ("vision", "audio")
+"""Stages whose scopes are towers."""
 MOST_HELD_BYTES = 256 << 20
 """Of inputs that are kept; beyond it the oldest are let go, and counted as not compared."""
 LIBRARIES = ("torch", "transformers", "profkit", "accelerate", "contextlib", "functools")

@@ -18,7 +18,7 @@ from torch.compiler import is_dynamo_compiling
 
 from profkit.anatomy import Anatomy
 from profkit.clock import DeviceClock
-from profkit.encodings import Encodings
+from profkit.encodings import TOWERS, Encodings
 from profkit.errors import InputError
 from profkit.ledger import Ledger, Scope
 from profkit.plan import GRANULARITIES, Granularity, Place, places
@@ -28,7 +28,6 @@ Method = Callable[..., Any]
 Marker = Callable[[int], int]
 MarkerWrapper = Callable[[Marker], Marker]
 
-TOWERS = ("vision", "audio")
 TOKEN_INPUTS = ("inputs_embeds", "input_ids", "hidden_states")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from profkit.checks import kept_verdicts
 from profkit.decoupled import decoupled
 from profkit.delays import delays
 from profkit.environment import preserved_random_state
@@ -28,7 +29,7 @@ def verify(
     `kwargs` are those of generate(); experiments decode greedily, as they compare tokens, unless they say otherwise.
     """
     greedy = {**kwargs, "do_sample": False}
-    found = [Verdict(**one) for one in run.manifest["checks"]["verdicts"]]
+    found = kept_verdicts(run)
     with preserved_random_state():
         progress("the same tokens, with and without probes")
         found += invariance(model, greedy, run.anatomy)
