@@ -122,10 +122,10 @@ def _read(blocks: Iterable[bytes], damage: Damage, name: str) -> Trace:
     blocks = iter(blocks)
     head, text = _head(blocks, name)
     columns, events = _Columns(), EventTexts(damage)
+    columns.extend(events.decoded(text))
     for block in blocks:
-        columns.extend(events.decoded(text + block))
-        text = events.rest
-    columns.extend(events.last(text))
+        columns.extend(events.decoded(block))
+    columns.extend(events.last())
     damage.lost += columns.beyond
     if columns.beyond:
         damage.reason = damage.reason or "times that do not fit into 64 bits of nanoseconds"

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
-from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -25,6 +24,8 @@ FIRST_KEY = re.compile(rb'\s*\{\s*("[^"]*")')
 NOT_JSON = re.compile(rb":\s*-?(?:nan|NaN|inf|Infinity)\b")
 END = re.compile(rb"\}\s*\]\s*\}?\s*\Z")
 CONTROL = bytes.maketrans(bytes(range(32)), b" " * 32)
+SEARCHED_BYTES = 1 << 14
+"""How far back from its end a block is searched for places between two events."""
 NESTING_TRIED = 8
 SAMPLE, MANY = 31, 10_000
 
@@ -95,18 +96,21 @@ class EventTexts:
         self._between = BETWEEN_EVENTS
         self._decode: Callable[[bytes], list[Event]] = msgspec.json.Decoder(list[Event]).decode
 
-    def decoded(self, text: bytes) -> list[Event]:
-        """Decode what of the text is whole; `rest` holds what is not yet."""
-        self._learn(text)
+    def decoded(self, block: bytes) -> list[Event]:
+        """Decode what is whole of `rest` and the block behind it; `rest` then holds what is not yet."""
+        # Blocks are large: they are joined to what precedes them once, as they are decoded.
+        before, text = (self.rest, block) if len(block) > SEARCHED_BYTES else (b"", self.rest + block)
+        self._learn(before or text)
         if self._ended:
-            self.tail, self.rest = self.tail + text, b""
+            self.tail, self.rest = self.tail + before + text, b""
             return []
-        view = memoryview(text)
-        for cut in reversed([match.span() for match in BETWEEN_EVENTS.finditer(text, max(0, len(text) - 16384))][-4:]):
-            found = self._try(view[: cut[0] + 1])
+        view, start = memoryview(text), max(0, len(text) - SEARCHED_BYTES)
+        for cut in reversed([match.span() for match in BETWEEN_EVENTS.finditer(text, start)][-4:]):
+            found = self._try(before, view[: cut[0] + 1])
             if found is not None:
                 self.rest = text[cut[1] :]
                 return found
+        text = before + text
         if len(text) < 4 * BLOCK_BYTES:
             self.rest = text
             return []
@@ -118,8 +122,9 @@ class EventTexts:
             keys = b"|".join({re.escape(key[1]), *(b'"' + field + b'"' for field in FIELDS)})
             self._between = re.compile(rb"\}\s*,\s*(?=\{\s*(?:" + keys + rb"))")
 
-    def last(self, text: bytes) -> list[Event]:
-        """Decode all the rest, as the file ends here."""
+    def last(self) -> list[Event]:
+        """Decode all of `rest`, as the file ends here."""
+        text, self.rest = self.rest, b""
         if self._ended:
             self.tail += text
             return []
@@ -142,26 +147,26 @@ class EventTexts:
                 return found
         return None
 
-    def _try(self, text: bytes | memoryview) -> list[Event] | None:
-        """Decode a piece; None if it is not a list of whole events."""
+    def _try(self, *text: bytes | memoryview) -> list[Event] | None:
+        """Decode a piece, given in parts; None if it is not a list of whole events."""
+        whole = b"".join((b"[", *text, b"]"))
         try:
-            found = self._decode(b"".join((b"[", text, b"]")))
+            found = self._decode(whole)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             self._said = str(error)
             return None
-        return self._exactly(text, found)
+        return self._exactly(whole, found)
 
-    def _exactly(self, text: bytes | memoryview, found: list[Event]) -> list[Event]:
+    def _exactly(self, text: bytes, found: list[Event]) -> list[Event]:
         """Decode once more in decimals if floats cannot tell this file's nanoseconds."""
         if self._decode.__self__.type is list[ExactEvent] or not found:  # type: ignore[attr-defined]
             return found
-        if max(map(attrgetter("ts"), found)) < EXACT_US:
-            return found
         # Three in four times with nanoseconds show a fraction even as floats: of many, a sample tells.
-        if not any(event.ts % 1 or event.dur % 1 for event in found[:: SAMPLE if len(found) > MANY else 1]):
+        some = found[:: SAMPLE if len(found) > MANY else 1]
+        if not any(event.ts >= EXACT_US and (event.ts % 1 or event.dur % 1) for event in some):
             return found
         self._decode = msgspec.json.Decoder(list[ExactEvent]).decode  # type: ignore[assignment]
-        return self._decode(b"".join((b"[", text, b"]")))
+        return self._decode(text)
 
     def _carefully(self, text: bytes) -> list[Event]:
         """Decode a text in which something is wrong, or in which the list ends."""
