@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from profkit.capture import profile
     from profkit.inspection import inspect
+    from profkit.report import write_report
     from profkit.run import Run, load
     from profkit.tracing import trace, trace_together
 
 __version__ = "0.1.0"
-__all__ = ["Run", "inspect", "load", "profile", "trace", "trace_together"]
+__all__ = ["Run", "inspect", "load", "profile", "trace", "trace_together", "write_report"]
 
 _HOMES = {
     "inspect": "inspection",
@@ -28,6 +29,7 @@ _HOMES = {
     "trace_together": "tracing",
     "load": "run",
     "Run": "run",
+    "write_report": "report",
 }
 
 

@@ -37,7 +37,7 @@ def cli() -> None:
     """Where does a multimodal model's generate() spend its time?"""
 
 
-for command in (cli_reading.analyze, cli_reading.compare):
+for command in (cli_reading.analyze, cli_reading.compare, cli_reading.report):
     cli.add_command(command)
 
 

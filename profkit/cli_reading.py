@@ -1,4 +1,4 @@
-"""The commands that read what was recorded: analyze, compare."""
+"""The commands that read what was recorded: analyze, compare, report."""
 
 from __future__ import annotations
 
@@ -99,11 +99,11 @@ def compare(paths: tuple[Path, ...], conditions: tuple[str, ...], as_json: bool,
 
     Example: profkit compare traces/before traces/after --fail-if 'prefill > 5%'
     """
-    from profkit import comparison, comparison_text
+    from profkit import comparison, comparison_text, sample_runs
 
     if len(paths) < 2:
         raise InputError("compare takes two runs or more.")
-    base, *others = (comparison.load(path) for path in paths)
+    base, *others = (comparison.measured(sample_runs.load_any(path)) for path in paths)
     if as_json:
         click.echo(json.dumps(comparison_text.as_dict(base, others), indent=1, allow_nan=False))
     else:
@@ -114,6 +114,28 @@ def compare(paths: tuple[Path, ...], conditions: tuple[str, ...], as_json: bool,
     failed = [said for table in tables for condition in conditions if (said := comparison.gate(condition, table))]
     if failed:
         raise MeasurementError(f"{'; '.join(failed)}.")
+
+
+@click.command(cls=Command)
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN [RUN]...")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The page.  [default: RUN/report.html; of several, report.html]"
+)
+@click.option("--force", is_flag=True, help="Replace the page that is there.")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def report(paths: tuple[Path, ...], out: Path | None, force: bool, debug: bool) -> None:
+    """Write a run as one page that needs no network: where the time goes, steps, layers, kernels, checks.
+
+    Several runs stand side by side, with intervals, ratios to the first and equal work, and each one's own report below.
+
+    Example: profkit report traces/mine
+    """
+    from profkit import report as reports
+    from profkit import sample_runs
+
+    target = out or (paths[0] / "report.html" if len(paths) == 1 else Path("report.html"))
+    written = reports.write_report([sample_runs.load_any(path) for path in paths], target, force)
+    click.echo(f"Wrote {written}")
 
 
 def _validated(one: Analysis, validate: bool | None) -> str:

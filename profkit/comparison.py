@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +13,7 @@ import pandas as pd
 from profkit import run as runs
 from profkit import stages, stats, tables
 from profkit.errors import InputError
-from profkit.sample_runs import KIND, MANIFEST, SampleRun
+from profkit.sample_runs import SampleRun, Saved
 
 WORK = {
     "new_tokens": "output length",
@@ -49,15 +46,10 @@ class Measured:
         return [one["check"] for one in verdicts if one["ok"] is False]
 
 
-def load(path: str | os.PathLike[str]) -> Measured:
-    """Return what a run directory holds, whether of one sample or of many. Raises InputError if it is none."""
-    folder = Path(path)
-    try:
-        kind = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("kind")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} is not a run directory: it has no readable {MANIFEST}.") from error
-    found = of_samples(SampleRun.load(folder)) if kind == KIND else of_run(runs.load(folder))
-    return replace(found, name=f"{found.name} ({folder.name})")
+def measured(one: Saved) -> Measured:
+    """Return what a run measured, whether of one sample or of many."""
+    found = of_samples(one) if isinstance(one, SampleRun) else of_run(one)
+    return replace(found, name=f"{found.name} ({one.path.name})") if one.path else found
 
 
 def of_run(run: runs.Run) -> Measured:

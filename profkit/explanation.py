@@ -13,6 +13,7 @@ from profkit.events import DEVICE, Events
 from profkit.nesting import nest
 from profkit.occupancy import occupancy
 from profkit.spans import Spans
+from profkit.timeline import timeline
 from profkit.trust import Check, of_events
 
 
@@ -22,11 +23,13 @@ class Explanation:
 
     Every row of a table tells in `steps` how many recorded steps its stage occurs in: the profile holds windows of a
     generation, so its sums are per window, never of the whole. `kernels` and `device` are None without a device.
+    `timeline` holds a prefill and a decode step slice by slice (see timeline.timeline).
     """
 
     operators: pd.DataFrame
     kernels: pd.DataFrame | None
     device: pd.DataFrame | None
+    timeline: pd.DataFrame
     checks: list[Check]
 
 
@@ -47,13 +50,14 @@ def explain(spans: Spans, events: Events, within: np.ndarray) -> Explanation:
         Check("ranges", missing == 0 if expected else None, missing, expected, said),
         *of_events(events, owners, occupied, forest),
     ]
+    slices = timeline(spans, within, events, owners, forest)
     if not events.is_kind(*DEVICE).any():
-        return Explanation(operators, None, None, checks)
+        return Explanation(operators, None, None, slices, checks)
     kernels = _with_steps(kernel_table(events, owners, forest), recorded)
     device = stage_table(events, owners, occupied)
     device["steps"] = device["stage"].map(recorded).fillna(device["steps"]).clip(lower=1).astype(int)
     device["launches_per_step"] = device["launches"] / device["steps"]
-    return Explanation(operators, kernels, device, checks)
+    return Explanation(operators, kernels, device, slices, checks)
 
 
 def _with_steps(table: pd.DataFrame, recorded: dict[str, int]) -> pd.DataFrame:

@@ -135,3 +135,41 @@ def _parents(lane: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray
         pending = pending[ended]
         parent[pending] = parent[parent[pending]]
     return parent
+
+
+def side_by_side(track: np.ndarray, start_ns: np.ndarray, end_ns: np.ndarray) -> np.ndarray:
+    """Return for each slice its lane on its track: 0, unless there it would cross another, then the first that is free.
+
+    Within a lane slices follow each other or nest, as viewers want it: they drop those that overlap otherwise.
+    `track` are numbers of tracks, at least 0.
+    """
+    order = _sorted(track, start_ns, end_ns - start_ns)
+    track, start, end = track[order], start_ns[order], end_ns[order]
+    parent = _parents(track, start, end)
+    crosses = (parent >= 0) & (end > end[parent])
+    lane = np.zeros(len(order), dtype=np.int64)
+    # Few tracks have any, and which lane is free depends on what was placed before.
+    for number in np.unique(track[crosses]).tolist():
+        rows = np.flatnonzero(track == number)
+        lane[rows] = _stacked(start[rows].tolist(), end[rows].tolist())
+    result = np.empty_like(lane)
+    result[order] = lane
+    return result
+
+
+def _stacked(starts: list[int], ends: list[int]) -> list[int]:
+    """Return lanes for sorted slices; a lane is a stack of the ends of those that are open."""
+    lanes_open: list[list[int]] = []
+    found = []
+    for start, end in zip(starts, ends, strict=True):
+        for number, stack in enumerate(lanes_open):
+            while stack and stack[-1] <= start:
+                stack.pop()
+            if not stack or end <= stack[-1]:
+                break
+        else:
+            number, stack = len(lanes_open), []
+            lanes_open.append(stack)
+        stack.append(end)
+        found.append(number)
+    return found

@@ -23,7 +23,7 @@ from profkit.ledger import Marks, Scope
 from profkit.spans import Spans
 
 SCHEMA = 1
-OF_PROFILE = ("operators", "kernels", "device")
+OF_PROFILE = ("operators", "kernels", "device", "timeline")
 """Tables of the profiled pass, kept as they were computed."""
 
 
@@ -47,7 +47,8 @@ class Run:
 
     `manifest` holds what was run, where and with what result, as plain JSON values. `operators`, `kernels` and `device`
     (see device_tables: operator_table, kernel_table, stage_table) are of the profiled pass and sum over the steps it
-    recorded, whose number stands in each row. None without such a pass; `kernels` and `device` also without a device.
+    recorded, whose number stands in each row. `timeline` is a prefill and a decode step of it, slice by slice (see
+    timeline.timeline). None without such a pass; `kernels` and `device` also without a device.
     """
 
     manifest: dict[str, Any]
@@ -57,6 +58,7 @@ class Run:
     operators: pd.DataFrame | None = None
     kernels: pd.DataFrame | None = None
     device: pd.DataFrame | None = None
+    timeline: pd.DataFrame | None = None
     trace_json: bytes | None = None
     path: Path | None = None
 

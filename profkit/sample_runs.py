@@ -13,9 +13,10 @@ from typing import Any
 
 import pandas as pd
 
+from profkit import run as runs
 from profkit import stages, stats
 from profkit.errors import InputError
-from profkit.run import plain
+from profkit.run import Run, plain
 
 ROWS, MANIFEST, SCHEMA = "samples.jsonl", "run.json", 1
 KIND = "samples"
@@ -100,6 +101,19 @@ class SampleRun:
         """Return the median of each latency figure over samples, and of the tokens."""
         names = ("prompt_tokens", "new_tokens", *LATENCIES)
         return {name: stats.median(self.good[name].dropna().to_numpy()) for name in names if name in self.good}
+
+
+Saved = Run | SampleRun
+
+
+def load_any(path: str | os.PathLike[str]) -> Saved:
+    """Return a saved run, of one sample or of many. Raises InputError if it is none."""
+    try:
+        manifest = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
+        many = manifest.get("kind") == KIND
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is not a run directory: it has no readable {MANIFEST}.") from error
+    return SampleRun.load(path) if many else runs.load(path)
 
 
 def rows_file(rank: int, world: int) -> str:

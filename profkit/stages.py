@@ -28,23 +28,25 @@ class Stage:
     name: str
     group: Group
     meaning: str
+    colour: str
+    """As it is drawn, on light and on dark."""
 
 
 STAGES = (
-    Stage("load", LOAD, "reading and decoding the input files"),
-    Stage("preprocess", PREPROCESS, "the processor: resize, normalise, tokenise"),
-    Stage("transfer", PREPROCESS, "moving the inputs from host to device"),
-    Stage("vision", ENCODE, "the vision tower"),
-    Stage("audio", ENCODE, "the audio tower"),
-    Stage("projector", ENCODE, "the connector between tower and language model"),
-    Stage("merge", ENCODE, "feature packing, pooling and splicing outside modules"),
-    Stage("setup", LLM, "generate()'s own preparation and the inputs of each step"),
-    Stage("embed", LLM, "the token embedding"),
-    Stage("prefill", LLM, "the decoder stack over the prompt"),
-    Stage("decode", LLM, "the decoder stack, one pass for each further step"),
-    Stage("head", LLM, "the language-model head"),
-    Stage("select", LLM, "logits processing, sampling and stopping"),
-    Stage("other", LLM, "the rest: what no scope explains"),
+    Stage("load", LOAD, "reading and decoding the input files", "#8a8f98"),
+    Stage("preprocess", PREPROCESS, "the processor: resize, normalise, tokenise", "#b08d57"),
+    Stage("transfer", PREPROCESS, "moving the inputs from host to device", "#cdb58c"),
+    Stage("vision", ENCODE, "the vision tower", "#2f7ed8"),
+    Stage("audio", ENCODE, "the audio tower", "#17a2b8"),
+    Stage("projector", ENCODE, "the connector between tower and language model", "#74b3f7"),
+    Stage("merge", ENCODE, "feature packing, pooling and splicing outside modules", "#9b8cf0"),
+    Stage("setup", LLM, "generate()'s own preparation and the inputs of each step", "#c06c84"),
+    Stage("embed", LLM, "the token embedding", "#e3a79a"),
+    Stage("prefill", LLM, "the decoder stack over the prompt", "#e8590c"),
+    Stage("decode", LLM, "the decoder stack, one pass for each further step", "#f3a024"),
+    Stage("head", LLM, "the language-model head", "#d6336c"),
+    Stage("select", LLM, "logits processing, sampling and stopping", "#7cb342"),
+    Stage("other", LLM, "the rest: what no scope explains", "#6c757d"),
 )
 
 NAMES = tuple(stage.name for stage in STAGES)

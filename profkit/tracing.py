@@ -287,6 +287,7 @@ class Tracing:
         within = runs.recorded(spans, known)
         found = explain(profile_clock, events, within)
         result.operators, result.kernels, result.device = found.operators, found.kernels, found.device
+        result.timeline = found.timeline
         shown = tracks.of(profile_clock, within)
         about = {"model": self.anatomy.model_class, "steps": known}
         result.trace_json = annotate.annotated(session.export(), attribution.RANGE_PREFIX, shown, about)

@@ -11,7 +11,7 @@ from builders import small_llava
 from click.testing import CliRunner
 
 import profkit
-from profkit import cli, comparison, stats
+from profkit import cli, comparison, sample_runs, stats
 from profkit.comparison import Measured, compare, gap, gate, unlike
 from profkit.errors import InputError
 
@@ -136,4 +136,4 @@ def test_the_command_on_saved_runs(tmp_path):
     ):
         result = CliRunner().invoke(cli.cli, ["compare", *wrong])
         assert result.exit_code == status and said in result.stderr
-    assert comparison.load(paths[0]).work["new_tokens"].tolist() == [5] * 4
+    assert comparison.measured(sample_runs.load_any(paths[0])).work["new_tokens"].tolist() == [5] * 4

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "profkit"
 FLOORS = {
     1: {"stages", "errors", "stats", "verdicts"},
     2: {
+        "page",
         *("ledger", "events", "annotate", "anatomy", "trail", "wrapping", "clock", "environment", "processors"),
         *("event_streams", "videos", "eventgpt", "options", "encodings", "steadiness"),
     },
@@ -23,13 +24,14 @@ FLOORS = {
     },
     4: {"attribution", "audit", "chrome", "phases", "probes", "roles"},
     5: {"foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"},
-    6: {"device_tables", "trust", "dummies"},
+    6: {"device_tables", "trust", "dummies", "hierarchy", "pace", "timeline"},
     7: {"run", "inspection", "capabilities", "explanation"},
     8: {"analysis", "capture", "checks", "sample_runs"},
-    9: {"text", "trace_text", "sample_text", "tracing", "comparison", "invariance", "delays", "decoupled"},
-    10: {"comparison_text", "sampling", "verification"},
-    11: {"cli_reading"},
-    12: {"cli"},
+    9: {"text", "trace_text", "sample_text", "tracing", "comparison", "invariance", "delays", "decoupled", "findings"},
+    10: {"comparison_text", "sampling", "verification", "figures"},
+    11: {"report"},
+    12: {"cli_reading"},
+    13: {"cli"},
 }
 WITH_TORCH = {
     *("clock", "environment", "wrapping", "processors", "models", "samples", "plan", "probes", "kineto"),

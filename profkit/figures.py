@@ -1,0 +1,200 @@
+"""Plotly figures of a run: where the time went, over steps, over layers, as a tree, and slice by slice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from profkit import pace, stages
+from profkit.hierarchy import layer_table
+from profkit.page import label
+from profkit.run import Run
+from profkit.spans import Spans
+
+CLOCKS = {"host_ms": "host clock", "device_ms": "device clock", "busy_ms": "device busy"}
+HEIGHT_OF_ROW = 22
+OTHER_COLOUR = "#8a8f98"
+
+
+def colour_of(stage: object) -> str:
+    """Return the colour of a stage, grey for what is none."""
+    found = stages.BY_NAME.get(str(stage))
+    return found.colour if found else OTHER_COLOUR
+
+
+def styled(fig: go.Figure, height: int, **layout: object) -> go.Figure:
+    """Return a figure whose background is the page's; the page gives it its colours."""
+    fig.update_layout(
+        template="none",
+        height=height,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 70, "r": 20, "t": 30, "b": 50},
+        legend={"orientation": "h", "y": -0.25},
+        **layout,
+    )
+    return fig
+
+
+def stage_bars(rows: Mapping[str, Mapping[str, float]]) -> go.Figure:
+    """Return a bar for each row, split into stages: {title: {stage: ms}}."""
+    present = [name for name in stages.NAMES if any(name in row for row in rows.values())]
+    titles = list(rows)
+    fig = go.Figure(
+        [
+            go.Bar(
+                name=f"{stages.BY_NAME[name].group.number} {name}",
+                y=[label(title) for title in titles],
+                x=[rows[title].get(name, 0.0) for title in titles],
+                orientation="h",
+                marker_color=colour_of(name),
+                hovertemplate=f"{name}: %{{x:.3f}} ms<extra>{stages.BY_NAME[name].meaning}</extra>",
+            )
+            for name in present
+        ]
+    )
+    fig.update_yaxes(autorange="reversed", automargin=True)
+    fig.update_xaxes(title="ms")
+    return styled(fig, 170 + 44 * len(titles), barmode="stack")
+
+
+def of_clocks(run: Run) -> dict[str, dict[str, float]]:
+    """Return the rows of stage_bars() for the clocks that a run has."""
+    table = run.stages()
+    known = [name for name in CLOCKS if table[name].notna().any()]
+    return {CLOCKS[name]: {str(stage): float(ms) for stage, ms in table[name].dropna().items()} for name in known}
+
+
+def step_lines(run: Run, cache_bytes: Sequence[int] | None) -> go.Figure:
+    """Return the time per decode step: the median over passes, its spread, and what stands out."""
+    table = pace.iterations(run.clean)
+    decode = table[table["phase"] == "decode"]
+    fig = go.Figure()
+    band = {"mode": "lines", "line_width": 0, "hoverinfo": "skip", "showlegend": False}
+    fig.add_scatter(x=decode["step"], y=decode["p90_ms"], **band)
+    fig.add_scatter(x=decode["step"], y=decode["p10_ms"], fill="tonexty", fillcolor="rgba(243,160,36,0.25)", **band)
+    fig.add_scatter(
+        x=decode["step"], y=decode["median_ms"], mode="lines", line_color=colour_of("decode"), name="median over passes",
+        hovertemplate="step %{x}: %{y:.3f} ms<extra></extra>",
+    )  # fmt: skip
+    slow = pace.outliers(run.representative, run.clean)
+    fig.add_scatter(
+        x=[one.step for one in slow], y=[one.iteration_ms for one in slow], mode="markers", name="stands out (shown pass)",
+        marker={"color": colour_of("head"), "size": 9, "symbol": "diamond"}, text=[label(one.sentence(), 400) for one in slow],
+        hovertemplate="%{text}<extra></extra>",
+    )  # fmt: skip
+    if cache_bytes:
+        fig.add_scatter(
+            x=list(range(len(cache_bytes))), y=[size / 2**20 for size in cache_bytes], name="cache", yaxis="y2",
+            line={"color": colour_of("vision"), "dash": "dot"}, hovertemplate="after step %{x}: %{y:.2f} MiB<extra></extra>",
+        )  # fmt: skip
+        fig.update_layout(
+            yaxis2={"overlaying": "y", "side": "right", "title": "cache, MiB", "rangemode": "tozero", "showgrid": False}
+        )
+    fig.update_xaxes(title="decode step")
+    fig.update_yaxes(title="ms a token", rangemode="tozero", selector={"anchor": "x"})
+    return styled(fig, 340)
+
+
+def layer_map(spans: Spans) -> go.Figure | None:
+    """Return the decoder's layers over steps; None if they were not probed. The scale is cut at the 99th percentile
+    of the decode steps, as a prefill would leave the rest one colour."""
+    table = layer_table(spans)
+    if not table.size:
+        return None
+    values = table.to_numpy(dtype=np.float32)
+    decode = values[:, ~spans.steps.prefill[table.columns.to_numpy()]]
+    shown = decode if decode.size else values
+    top = float(np.nanpercentile(shown, 99)) * 1.05
+    fig = go.Figure(
+        go.Heatmap(
+            z=values,
+            x=table.columns.to_numpy(),
+            y=[label(str(path)) for path in table.index],
+            colorscale="Viridis",
+            zmin=0.0,
+            zmax=top,
+            colorbar={"title": "ms"},
+            hovertemplate="%{y}, step %{x}: %{z:.3f} ms<extra></extra>",
+        )  # fmt: skip
+    )
+    fig.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
+    fig.update_xaxes(title="step (0: prefill)", showgrid=False)
+    return styled(fig, max(260, 110 + 16 * len(table)))
+
+
+def icicle(trees: Mapping[str, pd.DataFrame]) -> go.Figure:
+    """Return trees (see hierarchy) of which one is shown at a time, chosen by buttons that bear their titles."""
+    fig = go.Figure()
+    for number, tree in enumerate(trees.values()):
+        stage = _stage_of(tree)
+        fig.add_trace(
+            go.Icicle(
+                ids=[str(one) for one in tree["id"]],
+                parents=["" if one < 0 else str(one) for one in tree["parent"]],
+                labels=[label(str(one)) for one in tree["label"]],
+                values=tree["total_ms"].to_numpy(),
+                customdata=np.stack([tree["self_ms"], tree["calls"]], axis=1),
+                branchvalues="total",
+                maxdepth=6,
+                marker={"colors": [colour_of(name) for name in stage]},
+                hovertemplate="%{label}<br>total %{value:.3f} ms, own %{customdata[0]:.3f} ms, "
+                "calls %{customdata[1]:.0f}<br>%{percentRoot:.1%} of all<extra></extra>",
+                visible=number == 0,
+            )
+        )
+    buttons = [
+        {"label": title, "method": "update", "args": [{"visible": [number == one for number in range(len(trees))]}]}
+        for one, title in enumerate(trees)
+    ]
+    menu = {"type": "buttons", "direction": "right", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"}
+    menus = [{**menu, "buttons": buttons, "bgcolor": "rgba(128,128,128,0.2)"}] if len(trees) > 1 else []
+    fig = styled(fig, 620, updatemenus=menus)
+    return fig.update_layout(margin={"l": 5, "r": 5, "t": 50, "b": 10})
+
+
+def _stage_of(tree: pd.DataFrame) -> list[str]:
+    """Return for each node the stage at its top; parents stand before their children."""
+    found: list[str] = []
+    for parent, name in zip(tree["parent"].tolist(), tree["label"].tolist(), strict=True):
+        found.append(name if parent < 0 else found[parent])
+    return found
+
+
+def timeline(slices: pd.DataFrame, step: str) -> go.Figure:
+    """Return one step of a run's timeline: a row for each kind of slice, or device and stream, and its lanes."""
+    mine = slices[slices["step"] == step]
+    places = mine[["row", "lane"]].drop_duplicates()
+    order = {name: number for number, name in enumerate(dict.fromkeys(mine["row"]))}
+    places = places.assign(rank=places["row"].map(order)).sort_values(["rank", "lane"])
+    level = {(row, lane): number for number, (row, lane) in enumerate(zip(places["row"], places["lane"], strict=True))}
+    mine = mine.assign(y=[level[place] for place in zip(mine["row"], mine["lane"], strict=True)])
+    fig = go.Figure()
+    for stage, rows in mine.groupby("stage", sort=False):
+        fig.add_trace(_bars(rows, str(stage)))
+    titles = [row if lane == 0 else "" for row, lane in level]
+    fig.update_yaxes(
+        tickvals=list(range(len(level))), ticktext=[label(one) for one in titles], autorange="reversed", automargin=True
+    )
+    fig.update_xaxes(title="ms since the step began, under the profiler")
+    return styled(fig, 150 + HEIGHT_OF_ROW * len(level), hovermode="closest")
+
+
+def _bars(rows: pd.DataFrame, stage: str) -> go.Scatter:
+    """Return slices as one line with gaps, which a browser draws at once: begin, middle, end, gap."""
+    start, length = rows["start_ms"].to_numpy(), rows["duration_ms"].to_numpy()
+    x = np.stack([start, start + length / 2, start + length, np.full(len(rows), np.nan)], axis=1).ravel()
+    text = [f"{label(str(name), 70)}<br>{ms:.4f} ms, {stage}" for name, ms in zip(rows["name"], length, strict=True)]
+    return go.Scatter(
+        x=x.astype(np.float32),
+        y=np.repeat(rows["y"].to_numpy(), 4).astype(np.int16),
+        text=[one for said in text for one in ("", said, "", "")],
+        mode="lines",
+        line={"width": HEIGHT_OF_ROW - 8, "color": colour_of(stage)},
+        opacity=0.85,
+        name=stage or "outside",
+        hovertemplate="%{text}<extra></extra>",
+    )
