@@ -126,7 +126,7 @@ def compare(paths: tuple[Path, ...], conditions: tuple[str, ...], as_json: bool,
 def report(paths: tuple[Path, ...], out: Path | None, force: bool, debug: bool) -> None:
     """Write a run as one page that needs no network: where the time goes, steps, layers, kernels, checks.
 
-    Several runs stand side by side, with intervals, ratios to the first and equal work, and each one's own report below.
+    Several runs stand side by side, with intervals, ratios to the first and equal work; each one's own report follows.
 
     Example: profkit report traces/mine
     """

@@ -32,8 +32,9 @@ def styled(fig: go.Figure, height: int, **layout: object) -> go.Figure:
         height=height,
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        margin={"l": 70, "r": 20, "t": 30, "b": 50},
-        legend={"orientation": "h", "y": -0.25},
+        margin={"l": 70, "r": 20, "t": 30, "b": 90},
+        legend={"orientation": "h", "yanchor": "top", "y": -60 / max(height - 80, 1), "traceorder": "normal"},
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": OTHER_COLOUR},
         **layout,
     )
     return fig
@@ -58,7 +59,7 @@ def stage_bars(rows: Mapping[str, Mapping[str, float]]) -> go.Figure:
     )
     fig.update_yaxes(autorange="reversed", automargin=True)
     fig.update_xaxes(title="ms")
-    return styled(fig, 170 + 44 * len(titles), barmode="stack")
+    return styled(fig, 190 + 44 * len(titles), barmode="stack")
 
 
 def of_clocks(run: Run) -> dict[str, dict[str, float]]:
@@ -77,24 +78,36 @@ def step_lines(run: Run, cache_bytes: Sequence[int] | None) -> go.Figure:
     fig.add_scatter(x=decode["step"], y=decode["p90_ms"], **band)
     fig.add_scatter(x=decode["step"], y=decode["p10_ms"], fill="tonexty", fillcolor="rgba(243,160,36,0.25)", **band)
     fig.add_scatter(
-        x=decode["step"], y=decode["median_ms"], mode="lines", line_color=colour_of("decode"), name="median over passes",
+        x=decode["step"],
+        y=decode["median_ms"],
+        mode="lines",
+        line_color=colour_of("decode"),
+        name="median over passes",
         hovertemplate="step %{x}: %{y:.3f} ms<extra></extra>",
-    )  # fmt: skip
+    )
     slow = pace.outliers(run.representative, run.clean)
     fig.add_scatter(
-        x=[one.step for one in slow], y=[one.iteration_ms for one in slow], mode="markers", name="stands out (shown pass)",
-        marker={"color": colour_of("head"), "size": 9, "symbol": "diamond"}, text=[label(one.sentence(), 400) for one in slow],
+        x=[one.step for one in slow],
+        y=[one.iteration_ms for one in slow],
+        mode="markers",
+        name="stands out (shown pass)",
+        marker={"color": colour_of("head"), "size": 9, "symbol": "diamond"},
+        text=[label(one.sentence(), 400) for one in slow],
         hovertemplate="%{text}<extra></extra>",
-    )  # fmt: skip
+    )
     if cache_bytes:
         fig.add_scatter(
-            x=list(range(len(cache_bytes))), y=[size / 2**20 for size in cache_bytes], name="cache", yaxis="y2",
-            line={"color": colour_of("vision"), "dash": "dot"}, hovertemplate="after step %{x}: %{y:.2f} MiB<extra></extra>",
-        )  # fmt: skip
+            x=list(range(len(cache_bytes))),
+            y=[size / 2**20 for size in cache_bytes],
+            name="cache",
+            yaxis="y2",
+            line={"color": colour_of("vision"), "dash": "dot"},
+            hovertemplate="after step %{x}: %{y:.2f} MiB<extra></extra>",
+        )
         fig.update_layout(
             yaxis2={"overlaying": "y", "side": "right", "title": "cache, MiB", "rangemode": "tozero", "showgrid": False}
         )
-    fig.update_xaxes(title="decode step")
+    fig.update_xaxes(title="decode step", tickformat="d")
     fig.update_yaxes(title="ms a token", rangemode="tozero", selector={"anchor": "x"})
     return styled(fig, 340)
 
@@ -119,7 +132,7 @@ def layer_map(spans: Spans) -> go.Figure | None:
             zmax=top,
             colorbar={"title": "ms"},
             hovertemplate="%{y}, step %{x}: %{z:.3f} ms<extra></extra>",
-        )  # fmt: skip
+        )
     )
     fig.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
     fig.update_xaxes(title="step (0: prefill)", showgrid=False)

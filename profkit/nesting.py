@@ -162,14 +162,13 @@ def _stacked(starts: list[int], ends: list[int]) -> list[int]:
     lanes_open: list[list[int]] = []
     found = []
     for start, end in zip(starts, ends, strict=True):
-        for number, stack in enumerate(lanes_open):
+        for stack in lanes_open:
             while stack and stack[-1] <= start:
                 stack.pop()
-            if not stack or end <= stack[-1]:
-                break
-        else:
-            number, stack = len(lanes_open), []
-            lanes_open.append(stack)
-        stack.append(end)
+        fits = (number for number, stack in enumerate(lanes_open) if not stack or end <= stack[-1])
+        number = next(fits, len(lanes_open))
+        if number == len(lanes_open):
+            lanes_open.append([])
+        lanes_open[number].append(end)
         found.append(number)
     return found

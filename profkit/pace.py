@@ -1,4 +1,4 @@
-"""Time per token over the steps of a run: typical, spread over passes, and the steps that stand out with their cause."""
+"""Time per token over the steps of a run: typical, its spread over passes, and the steps that stand out and why."""
 
 from __future__ import annotations
 

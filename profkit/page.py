@@ -18,6 +18,10 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 
+TALL = 25
+"""Rows from which on a table scrolls in a box of its own."""
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of a table: its name in the frame, its title, and the digits behind the point of its numbers."""
@@ -48,12 +52,15 @@ def table(frame: pd.DataFrame, columns: Sequence[Column], most: int | None = Non
     `most` limits its rows; what is left out is said, with its share of the column `weight`.
     """
     shown = frame if most is None else frame.head(most)
-    head = "".join(f'<th scope="col">{escape(one.title)}</th>' for one in columns)
+    aligned = ((_class(_align(frame[one.name])), escape(one.title)) for one in columns)
+    head = "".join(f'<th scope="col"{where}>{title}</th>' for where, title in aligned)
     body = "".join(
         "<tr>" + "".join(_cell(value, column) for value, column in zip(row, columns, strict=True)) + "</tr>"
         for row in shown[[one.name for one in columns]].itertuples(index=False)
     )
-    text = f'<div class="wide"><table class="sorts"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    tall = " tall" if len(shown) > TALL else ""
+    inside = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    text = f'<div class="wide{tall}"><table class="sorts">{inside}</table></div>'
     if len(shown) < len(frame):
         share = shown[weight].sum() / frame[weight].sum() if weight and frame[weight].sum() else math.nan
         of_time = "" if math.isnan(share) else f", with {share:.1%} of the time"
@@ -61,6 +68,11 @@ def table(frame: pd.DataFrame, columns: Sequence[Column], most: int | None = Non
             f"The first {len(shown)} of {len(frame)} rows{of_time}; all are in the run directory.", "note"
         )
     return text
+
+
+def _align(values: pd.Series) -> str:
+    """Return the class of a column: numbers stand to the right."""
+    return "number" if pd.api.types.is_numeric_dtype(values) else ""
 
 
 def _cell(value: Any, column: Column) -> str:
@@ -119,7 +131,8 @@ def document(title: str, parts: Iterable[str]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
         f"<title>{escape(title)}</title><style>{style}</style></head><body><main>{''.join(parts)}</main>"
         f"{''.join(f'<script>{one}</script>' for one in scripts)}</body></html>\n"
     )

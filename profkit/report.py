@@ -84,6 +84,12 @@ def _about(one: Saved) -> str:
 def _of_run(run: Run, key: str) -> Iterator[str]:
     yield page.paragraph(findings.answer(run), "answer")
     yield page.figure(figures.stage_bars(figures.of_clocks(run)), f"{key}-stages")
+    spread = run.spread().loc["total"]
+    yield page.paragraph(
+        f"Over {len(run.clean)} clean passes, host clock: median {spread['median_ms']:.2f} ms, "
+        f"p10 {spread['p10_ms']:.2f}, p90 {spread['p90_ms']:.2f}; the bar is the pass of median total.",
+        "note",
+    )
     yield from _checks(run)
     yield page.section("Worth optimising", [page.items(findings.worth_optimising(run))])
     yield page.section("Stages", _stages(run))

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ class Run:
     timeline: pd.DataFrame | None = None
     trace_json: bytes | None = None
     path: Path | None = None
+    unreadable: list[str] = field(default_factory=list)
+    """What of a saved run could not be read, a sentence each."""
 
     def __repr__(self) -> str:
         name = self.manifest.get("model") or self.anatomy.model_class
@@ -304,11 +306,21 @@ def _read(folder: Path, manifest: dict[str, Any]) -> Run:
         for number, one in enumerate(manifest.pop("passes"))
     ]
     anatomy = Anatomy.from_record(manifest.pop("anatomy"))
-    profile = {name: folder / f"{name}.parquet" for name in OF_PROFILE}
     for key in ("schema", "latency"):
         manifest.pop(key)
-    of_profile: dict[str, Any] = {name: pd.read_parquet(file) for name, file in profile.items() if file.exists()}
-    return Run(manifest, anatomy, scopes, passes, path=folder, **of_profile)
+    run = Run(manifest, anatomy, scopes, passes, path=folder)
+    for name in OF_PROFILE:
+        setattr(run, name, _kept_table(folder / f"{name}.parquet", run.unreadable))
+    return run
+
+
+def _kept_table(path: Path, unreadable: list[str]) -> pd.DataFrame | None:
+    """Return a table that explains more than the marks do, and without which a run can still be shown."""
+    try:
+        return pd.read_parquet(path) if path.exists() else None
+    except Exception as error:
+        unreadable.append(f"{path.name} is damaged, so its table is missing: {type(error).__name__}")
+        return None
 
 
 def _spans_of(frame: pd.DataFrame, number: int, scopes: list[Scope]) -> Spans | None:

@@ -204,7 +204,7 @@ def check_lines(run: Run) -> Iterator[str]:
 
 def notes(run: Run) -> list[str]:
     """Return what a reader must know beside the verdicts."""
-    return [*run.anatomy.notes, *run.manifest.get("notes", []), *run.manifest.get("faults", [])]
+    return [*run.unreadable, *run.anatomy.notes, *run.manifest.get("notes", []), *run.manifest.get("faults", [])]
 
 
 def figure(one: Verdict) -> str:
