@@ -17,7 +17,7 @@ from rich.progress import Progress
 from profkit import __version__, checks, cli_reading, text
 from profkit.command import Command, model_options, quiet_libraries
 from profkit.errors import InputError, InterruptedRunError, MeasurementError
-from profkit.options import new_directory, parse_parts, parse_steps, parse_window, rank_here
+from profkit.options import new_directory, parse_parts, parse_size, parse_steps, parse_window, rank_here
 
 if TYPE_CHECKING:
     from profkit.models import Loaded
@@ -50,6 +50,7 @@ for command in (cli_reading.analyze, cli_reading.compare, cli_reading.report):
 @click.option("--granularity", type=click.Choice(["stage", "layer", "module"]), default="layer")
 @click.option("--profile/--no-profile", default=True, help="A pass inside torch.profiler.")
 @click.option("--profile-steps", default="0-4", help="Steps that this pass records; 0 is the prefill.")
+@click.option("--trace-budget", default="50MB", help="What the compressed trace may take; later steps are left out.")
 @click.option("--seed", type=int, default=0, help="Random state of every pass.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: traces/<model>-<time>]")
 @click.option("--force", is_flag=True, help="Replace the run in --out.")
@@ -83,6 +84,7 @@ def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_js
     if rank_here() is not None:
         raise InputError("Several ranks share a list of samples: give --samples, or run without torchrun.")
     profile_steps = parse_steps(options["profile_steps"])
+    parse_size(options["trace_budget"])
     status = Console(stderr=True).status("starting")
     with status:
         run, saved = _measure(name, inputs, out, profile_steps, options, status.update)
@@ -334,6 +336,7 @@ def _measure(
         parts=parse_parts(options["part"]),
         profile=options["profile"],
         profile_steps=profile_steps,
+        trace_budget_bytes=parse_size(options["trace_budget"]),
         progress=progress,
         **{key: options[key] for key in ("warmup", "repeat", "granularity", "seed")},
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from profkit.attribution import Owners, is_range, missing_ranges, owners_in
-from profkit.device_tables import OPERATOR_KINDS, kernel_table, operator_table, stage_table
+from profkit.device_tables import OPERATOR_KINDS, kernel_table, operator_table, stage_table, step_table
 from profkit.events import DEVICE, Events
 from profkit.nesting import nest
 from profkit.occupancy import occupancy
@@ -23,13 +23,17 @@ class Explanation:
 
     Every row of a table tells in `steps` how many recorded steps its stage occurs in: the profile holds windows of a
     generation, so its sums are per window, never of the whole. `kernels` and `device` are None without a device.
-    `timeline` holds a prefill and a decode step slice by slice (see timeline.timeline).
+    `timeline` holds a prefill and a decode step slice by slice (see timeline.timeline), `owners` who owns each event;
+    `busy_share` is, under the name of a counter, each step's busy time over its time on the host, the mean
+    over devices; empty without one.
     """
 
     operators: pd.DataFrame
     kernels: pd.DataFrame | None
     device: pd.DataFrame | None
     timeline: pd.DataFrame
+    owners: Owners
+    busy_share: dict[str, dict[int, float]]
     checks: list[Check]
 
 
@@ -52,12 +56,16 @@ def explain(spans: Spans, events: Events, within: np.ndarray) -> Explanation:
     ]
     slices = timeline(spans, within, events, owners, forest)
     if not events.is_kind(*DEVICE).any():
-        return Explanation(operators, None, None, slices, checks)
+        return Explanation(operators, None, None, slices, owners, {}, checks)
     kernels = _with_steps(kernel_table(events, owners, forest), recorded)
     device = stage_table(events, owners, occupied)
     device["steps"] = device["stage"].map(recorded).fillna(device["steps"]).clip(lower=1).astype(int)
     device["launches_per_step"] = device["launches"] / device["steps"]
-    return Explanation(operators, kernels, device, slices, checks)
+    each = step_table(events, owners, occupied)
+    share = dict(
+        zip(each["step"].tolist(), (each["busy_ms"] / each["host_ms"] / len(events.devices)).tolist(), strict=True)
+    )
+    return Explanation(operators, kernels, device, slices, owners, {"device busy (share)": share}, checks)
 
 
 def _with_steps(table: pd.DataFrame, recorded: dict[str, int]) -> pd.DataFrame:

@@ -49,6 +49,14 @@ def parse_window(window: str | None) -> tuple[int, int] | None:
     return round(float(match[1]) * 1000), round(float(match[2]) * 1000)
 
 
+def parse_size(size: str) -> int:
+    """Return the bytes in a size such as "50MB" (powers of ten). Raises InputError if it is none."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?)B?\s*", size)
+    if match is None:
+        raise InputError(f"--trace-budget {size!r} is no size such as 50MB or 800kB.")
+    return round(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]])
+
+
 def new_directory(model: str) -> Path:
     """Return traces/<model>-<time>, with a number behind it if that is taken."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2]).strip("-.") or "model"

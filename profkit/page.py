@@ -17,7 +17,6 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-
 TALL = 25
 """Rows from which on a table scrolls in a box of its own."""
 

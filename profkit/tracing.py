@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from profkit import annotate, attribution, capture, environment, inspection, kineto, structure, tracks, validation
+from profkit import annotate, attribution, capture, environment, inspection, kineto, structure, trace_file, validation
 from profkit import run as runs
 from profkit.anatomy import Anatomy, PartNames
+from profkit.cache import CacheWatch
 from profkit.checks import verdicts
 from profkit.clock import DeviceClock
 from profkit.environment import device_of, preserved_random_state, random_state, restore_random_state
@@ -61,6 +62,7 @@ class Plan:
     granularity: Granularity = "layer"
     profile: bool = True
     profile_steps: frozenset[int] = DEFAULT_STEPS
+    trace_budget_bytes: int = 50_000_000
     seed: int | None = None
     progress: Callable[[str], None] = field(default=lambda what: None, repr=False)
 
@@ -92,8 +94,9 @@ def trace(
     Either `generate_kwargs`, or a `sample` whose loading, preprocessing and transfer are measured too; `options`
     are added to what it gives to generate(). `plan` may give warmup (1), repeat (5 clean passes, each beside
     an uninstrumented control), granularity ("layer"), profile (True: one pass inside torch.profiler),
-    profile_steps (the steps it records: 0 to 4), seed (of every pass; None: the current random state), and
-    progress (called with a sentence as each part begins). The random state is left as it was. `parts` names parts
+    profile_steps (the steps it records: 0 to 4), trace_budget_bytes (50 MB: what the compressed trace may take; later
+    steps are left out of it), seed (of every pass; None: the current random state), and progress (called with a
+    sentence as each part begins). The random state is left as it was. `parts` names parts
     that are known better than inspect() finds them, `anatomy` all of them.
 
     Raises InputError for a target that cannot be written, AnatomyError for a model that cannot be measured,
@@ -219,7 +222,9 @@ class Tracing:
         result.manifest["tokens"] = _token_list(self.tokens["clean"][0])
         result.manifest["checks"] = {**result.manifest.get("checks", {}), **checks}
         result.manifest |= {"faults": self.faults, "notes": self.notes, "machine": self.machine}
-        result.manifest["checks"]["verdicts"] = [asdict(one) for one in verdicts(result)]
+        result.manifest["checks"]["verdicts"] = found = [asdict(one) for one in verdicts(result)]
+        if result.trace_json is not None:
+            result.trace_json = annotate.with_metadata(result.trace_json, checks=runs.plain(found))
         return result
 
     def _changed(self) -> list[str]:
@@ -277,8 +282,9 @@ class Tracing:
         instrument = Instrument(
             self.model, self.anatomy, ledger, self.plan.granularity, self.clock, session.wrap, session.on_iteration
         )
+        watch = CacheWatch(self.model, self.anatomy.path("decoder"), ledger)
         with session:
-            elapsed = self._instrumented(ledger, instrument, "profiled")
+            elapsed = self._instrumented(ledger, instrument, "profiled", watch)
         spans = Spans(capture.marks_of(ledger, self.clock), self.scopes.list)
         known = tuple(sorted(self.plan.profile_steps & set(range(len(spans.steps)))))
         result.passes.append(Pass("profiled", elapsed, spans, known))
@@ -288,17 +294,30 @@ class Tracing:
         found = explain(profile_clock, events, within)
         result.operators, result.kernels, result.device = found.operators, found.kernels, found.device
         result.timeline = found.timeline
-        shown = tracks.of(profile_clock, within)
-        about = {"model": self.anatomy.model_class, "steps": known}
-        result.trace_json = annotate.annotated(session.export(), attribution.RANGE_PREFIX, shown, about)
+        result.manifest["cache_bytes"] = watch.bytes_by_step
+        file = trace_file.written(
+            *(session.export(), profile_clock, events, found, known, self.plan.trace_budget_bytes),
+            {"model": self.anatomy.model_class},
+            watch.series(),
+        )
+        result.trace_json = file.text
+        if file.steps != known:
+            budget = f"{self.plan.trace_budget_bytes / 1e6:g} MB"
+            self.notes.append(f"the trace holds {len(file.steps)} of {len(known)} recorded steps: more pass {budget}")
         result.manifest["checks"] = {
             "trace": validation.validate_text(result.trace_json),
             "profile": [asdict(one) for one in found.checks],
         }
 
-    def _instrumented(self, ledger: Ledger, instrument: Instrument, kind: str) -> int:
+    def _instrumented(
+        self,
+        ledger: Ledger,
+        instrument: Instrument,
+        kind: str,
+        watch: AbstractContextManager[Any] | None = None,
+    ) -> int:
         self._reset_random_state()
-        with instrument:
+        with instrument, watch or nullcontext():
             if self.sample is None:
                 output, elapsed = self._generate(self._prepared())
             else:

@@ -1,11 +1,15 @@
-"""profkit's own tracks in a trace: stages, steps and layers, as slices on the profiler's clock."""
+"""profkit's own part of a trace, on the profiler's clock: stages, steps and layers, counters, arrows to kernels."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 
 from profkit import stages
-from profkit.annotate import Slice, Track
+from profkit.annotate import Counter, Flow, Slice, Track
+from profkit.attribution import Owners, owning_segment
+from profkit.events import DEVICE, Events
 from profkit.spans import Spans
 
 
@@ -85,3 +89,40 @@ def _short(path: str) -> str:
     """Return the end of a path, with the number of a layer kept beside its list's name."""
     *above, last = path.split(".")
     return f"{above[-1]}.{last}" if last.isdigit() and above else last
+
+
+def counters(spans: Spans, recorded: np.ndarray, **by_step: Mapping[int, float]) -> list[Counter]:
+    """Return what changes from step to step: tokens in the context, and each series of values by step.
+
+    A value stands from the beginning of its step's iteration; those that nothing is known of have no counter.
+    """
+    steps, host = spans.steps, spans.marks.host_ns
+    shown = np.unique(spans.step[recorded & (spans.step >= 0)]).tolist()
+    known = np.maximum(steps.tokens, 0)
+    read = np.cumsum(known)
+    first = np.searchsorted(steps.call, steps.call)
+    context = read - (read - known)[first] if len(steps) else read
+    series: dict[str, Mapping[int, float]] = {"tokens": dict(enumerate(context.tolist())), **by_step}
+    return [
+        Counter(name, [(int(host[steps.start[step]]), float(values[step])) for step in shown if step in values])
+        for name, values in series.items()
+        if any(step in values for step in shown)
+    ]
+
+
+def flows(spans: Spans, events: Events, owners: Owners) -> list[Flow]:
+    """Return an arrow from each recorded scope to the first of what it launched itself."""
+    rows = np.flatnonzero(events.is_kind(*DEVICE) & (owners.launch >= 0))
+    launch_ns = events.start_ns[owners.launch[rows]]
+    span = np.append(spans.owner, -1)[owning_segment(spans, launch_ns)]
+    order = np.lexsort((launch_ns, span))
+    order = order[span[order] >= 0]
+    first = order[np.append(True, np.diff(span[order]) != 0)[: len(order)]]
+    return [
+        Flow("layers", when_ns, (process, thread), to_ns)
+        for when_ns, process, thread, to_ns in zip(
+            launch_ns[first].tolist(),
+            *(column[rows[first]].tolist() for column in (events.process, events.thread, events.start_ns)),
+            strict=True,
+        )
+    ]

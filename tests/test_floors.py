@@ -14,19 +14,19 @@ PACKAGE = Path(__file__).parent.parent / "profkit"
 FLOORS = {
     1: {"stages", "errors", "stats", "verdicts"},
     2: {
-        "page",
-        *("ledger", "events", "annotate", "anatomy", "trail", "wrapping", "clock", "environment", "processors"),
-        *("event_streams", "videos", "eventgpt", "options", "encodings", "steadiness"),
+        *("ledger", "events", "anatomy", "trail", "wrapping", "clock", "environment", "processors"),
+        *("event_streams", "videos", "eventgpt", "page", "options", "encodings", "steadiness"),
     },
     3: {
+        "cache",
         *("spans", "pieces", "nesting", "plan", "structure", "stacks", "language", "models", "samples", "validation"),
         *("sample_lists", "command", "ranks"),
     },
-    4: {"attribution", "audit", "chrome", "phases", "probes", "roles"},
+    4: {"attribution", "audit", "chrome", "phases", "probes", "roles", "annotate"},
     5: {"foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"},
     6: {"device_tables", "trust", "dummies", "hierarchy", "pace", "timeline"},
     7: {"run", "inspection", "capabilities", "explanation"},
-    8: {"analysis", "capture", "checks", "sample_runs"},
+    8: {"analysis", "capture", "checks", "sample_runs", "trace_file"},
     9: {"text", "trace_text", "sample_text", "tracing", "comparison", "invariance", "delays", "decoupled", "findings"},
     10: {"comparison_text", "sampling", "verification", "figures"},
     11: {"report"},
@@ -34,6 +34,7 @@ FLOORS = {
     13: {"cli"},
 }
 WITH_TORCH = {
+    "cache",
     *("clock", "environment", "wrapping", "processors", "models", "samples", "plan", "probes", "kineto"),
     *("probing", "dummies", "inspection", "capabilities", "capture", "tracing", "eventgpt", "sampling", "ranks"),
     *("encodings", "audit", "invariance", "delays", "decoupled", "verification"),

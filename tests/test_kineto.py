@@ -230,7 +230,7 @@ def test_a_written_trace_analysed_again_gives_the_same_owners(live, tmp_path):
     spans, events, text = live
     shown = tracks.of(spans, recorded(spans, range(6)))
     path = tmp_path / "trace.json.gz"
-    annotate.write(path, annotate.annotated(text, RANGE_PREFIX, shown, {}))
+    annotate.write(path, annotate.annotated(text, RANGE_PREFIX, annotate.Own(shown)))
     direct = explained(spans, events).operators
     again = analysis.analyze(path)
     assert again.evidence == "steps: profkit's own tracks"

@@ -1,0 +1,83 @@
+"""How large the key-value cache is after each step, seen in the profiled pass alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from profkit.ledger import Ledger
+from profkit.wrapping import Wrappers
+
+DEEP = 6
+"""How far into a cache object tensors are looked for: cache, list of layers, layer, list of states, tensor."""
+
+
+class CacheWatch:
+    """A context that notes, after each pass of a decoder, the bytes of the cache that it was given or gave back.
+
+    `path` is the decoder's in the model.
+    `bytes_by_step` stays empty for models without one. Nothing waits for the device: sizes are known on the host.
+    `memory_by_step` holds the bytes allocated on an accelerator then.
+    """
+
+    def __init__(self, model: nn.Module, path: str | None, ledger: Ledger) -> None:
+        self.bytes_by_step: list[int] = []
+        self.memory_by_step: list[int] = []
+        self._decoder = None if path is None else model.get_submodule(path)
+        self._ledger, self._wrappers = ledger, Wrappers()
+
+    def __enter__(self) -> CacheWatch:
+        if self._decoder is not None:
+            bound, wrappers = self._decoder.forward, self._wrappers
+
+            @functools.wraps(bound)
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                output = bound(*args, **kwargs)
+                if wrappers.active and not torch.compiler.is_dynamo_compiling():
+                    self._note(kwargs.get("past_key_values"), getattr(output, "past_key_values", None))
+                return output
+
+            wrappers.put(self._decoder, "forward", watched)
+            wrappers.active = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._wrappers.remove()
+
+    def series(self) -> dict[str, dict[int, float]]:
+        """Return what was noted as series by step, under the names of counters."""
+        noted = {"cache (bytes)": self.bytes_by_step, "device memory (bytes)": self.memory_by_step}
+        return {name: dict(enumerate(map(float, values))) for name, values in noted.items() if values}
+
+    def _note(self, given: Any, returned: Any) -> None:
+        try:
+            cache = returned if returned is not None else given
+            if cache is not None:
+                self.bytes_by_step.append(bytes_of(cache))
+            if torch.accelerator.is_available() and hasattr(torch.accelerator, "memory_allocated"):
+                self.memory_by_step.append(int(torch.accelerator.memory_allocated()))
+        except Exception as error:
+            self._ledger.fault(error, "size of the cache")
+
+
+def bytes_of(cache: Any) -> int:
+    """Return the bytes of the distinct tensors that a cache object holds."""
+    storages = {one.untyped_storage().data_ptr(): one.nbytes for one in _tensors(cache, DEEP)}
+    return sum(storages.values())
+
+
+def _tensors(value: Any, depth: int) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth and isinstance(value, dict):
+        for one in value.values():
+            yield from _tensors(one, depth - 1)
+    elif depth and isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors(one, depth - 1)
+    elif depth and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
+        yield from _tensors(vars(value), depth - 1)

@@ -1,0 +1,72 @@
+"""The trace of a profiled pass as it is written: profkit's part and the profiler's, within a budget of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from profkit import annotate, tracks
+from profkit.attribution import RANGE_PREFIX
+from profkit.events import Events
+from profkit.explanation import Explanation
+from profkit.run import recorded
+from profkit.spans import Spans
+
+SMALLER = 0.9
+"""A window that was estimated to fit and did not is tried again with so much of the budget."""
+
+
+@dataclass(frozen=True)
+class TraceFile:
+    """The text of a trace, and the steps that it holds."""
+
+    text: bytes
+    steps: tuple[int, ...]
+
+
+def written(
+    content: bytes,
+    spans: Spans,
+    events: Events,
+    found: Explanation,
+    steps: Sequence[int],
+    budget_bytes: int,
+    metadata: Mapping[str, object],
+    by_step: Mapping[str, Mapping[int, float]],
+) -> TraceFile:
+    """Return the trace of the recorded steps, or of the first of them that fit into a budget once compressed.
+
+    `content` is what the profiler exported, `spans` and `events` are on its clock, `by_step` are series for counters.
+    One step is kept in any case.
+    """
+    count, allowed = len(steps), float(budget_bytes)
+    while True:
+        kept = tuple(steps[:count])
+        text = _text(content, spans, events, found, kept, count < len(steps), metadata, by_step)
+        # Text that would fit as it stands need not be compressed to know.
+        if count == 1 or len(text) <= budget_bytes or (size := len(annotate.compressed(text))) <= budget_bytes:
+            return TraceFile(text, kept)
+        count = min(count - 1, max(1, int(count * allowed / size)))
+        allowed *= SMALLER
+
+
+def _text(
+    content: bytes,
+    spans: Spans,
+    events: Events,
+    found: Explanation,
+    kept: tuple[int, ...],
+    cut: bool,
+    metadata: Mapping[str, object],
+    by_step: Mapping[str, Mapping[int, float]],
+) -> bytes:
+    within = recorded(spans, kept)
+    until_ns = int(spans.marks.host_ns[spans.steps.stop[kept[-1]]]) if cut else None
+    arrows = tracks.flows(spans, events, found.owners)
+    own = annotate.Own(
+        tracks.of(spans, within),
+        tracks.counters(spans, within, **by_step, **found.busy_share),
+        [one for one in arrows if until_ns is None or max(one.from_ns, one.to_ns) < until_ns],
+        {**metadata, "steps": kept},
+    )
+    return annotate.annotated(content, RANGE_PREFIX, own, until_ns)
