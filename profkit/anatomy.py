@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from typing import Any
 
 from profkit.errors import InputError
@@ -100,6 +101,15 @@ class Anatomy:
             if "_orig_mod" in part.path.split(".")
         ]
         return (*self.ambiguities, *silent, *bypassed, *compiled)
+
+    def _repr_html_(self) -> str:
+        """Show the parts, and what must be known of them, in a notebook."""
+        names = ("role", "path", "class_name", "found_by", "fired")
+        rows = ([str(getattr(part, name)) for name in names] for part in self.parts)
+        cells = "".join("<tr>" + "".join(f"<td>{escape(one)}</td>" for one in row) + "</tr>" for row in rows)
+        head = "".join(f"<th>{name}</th>" for name in ("part", "path", "class", "found by", "calls"))
+        notes = "".join(f"<li>{escape(one)}</li>" for one in self.notes)
+        return f"<p>{escape(self.model_class)}</p><table><tr>{head}</tr>{cells}</table><ul>{notes}</ul>"
 
     def to_dict(self) -> dict[str, Any]:
         """Return role → path or paths: vision_towers, audio_towers, projectors, decoder_layers, embed, lm_head."""

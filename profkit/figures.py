@@ -143,18 +143,22 @@ def icicle(trees: Mapping[str, pd.DataFrame]) -> go.Figure:
     """Return trees (see hierarchy) of which one is shown at a time, chosen by buttons that bear their titles."""
     fig = go.Figure()
     for number, tree in enumerate(trees.values()):
-        stage = _stage_of(tree)
+        names = [label(str(one)) for one in tree["label"]]
+        tops = tree[tree["parent"] < 0]
+        own = np.stack([tree["self_ms"], tree["calls"]], axis=1)
         fig.add_trace(
             go.Icicle(
-                ids=[str(one) for one in tree["id"]],
-                parents=["" if one < 0 else str(one) for one in tree["parent"]],
-                labels=[label(str(one)) for one in tree["label"]],
-                values=tree["total_ms"].to_numpy(),
-                customdata=np.stack([tree["self_ms"], tree["calls"]], axis=1),
+                # Without a root of its own, plotly leaves a column for one empty.
+                ids=["all", *(str(one) for one in tree["id"])],
+                parents=["", *("all" if one < 0 else str(one) for one in tree["parent"])],
+                labels=["all", *_short(tree, names)],
+                hovertext=["all", *names],
+                values=np.append(tops["total_ms"].sum(), tree["total_ms"]),
+                customdata=np.concatenate([[[0.0, 0.0]], own]),
                 branchvalues="total",
-                maxdepth=6,
-                marker={"colors": [colour_of(name) for name in stage]},
-                hovertemplate="%{label}<br>total %{value:.3f} ms, own %{customdata[0]:.3f} ms, "
+                maxdepth=8,
+                marker={"colors": [OTHER_COLOUR, *(colour_of(name) for name in _stage_of(tree))]},
+                hovertemplate="%{hovertext}<br>total %{value:.3f} ms, own %{customdata[0]:.3f} ms, "
                 "calls %{customdata[1]:.0f}<br>%{percentRoot:.1%} of all<extra></extra>",
                 visible=number == 0,
             )
@@ -167,6 +171,12 @@ def icicle(trees: Mapping[str, pd.DataFrame]) -> go.Figure:
     menus = [{**menu, "buttons": buttons, "bgcolor": "rgba(128,128,128,0.2)"}] if len(trees) > 1 else []
     fig = styled(fig, 620, updatemenus=menus)
     return fig.update_layout(margin={"l": 5, "r": 5, "t": 50, "b": 10})
+
+
+def _short(tree: pd.DataFrame, names: list[str]) -> list[str]:
+    """Return names without what the name of the node above says already."""
+    above = [names[parent] + "." if parent >= 0 else "" for parent in tree["parent"].tolist()]
+    return [name.removeprefix(prefix) if prefix else name for name, prefix in zip(names, above, strict=True)]
 
 
 def _stage_of(tree: pd.DataFrame) -> list[str]:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,13 @@ class Run:
             f"{len(self.of_kind(kind))} {kind}" for kind in dict.fromkeys(one.kind for one in self.passes)
         )
         return f"<Run of {name}: {kinds or 'no'} passes>"
+
+    def _repr_html_(self) -> str:
+        """Show the breakdown in a notebook."""
+        if not self.clean:
+            return f"<p>{escape(repr(self))}</p>"
+        shown = self.breakdown().drop(columns=["host_ns"]).dropna(axis=1, how="all")
+        return f"<p>{escape(repr(self))}</p>{shown.to_html(float_format='{:.2f}'.format)}"
 
     def of_kind(self, kind: str) -> list[Pass]:
         """Return the passes of a kind: control, clean or profiled."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import click
 import readme
 from click.testing import CliRunner
 
@@ -28,6 +29,15 @@ def test_the_committed_run_is_whole():
 def test_every_stage_is_explained():
     rows = re.findall(r"^\| ([a-z, ]+) \| [1-4] \|", TEXT, flags=re.M)
     assert sorted(name for row in rows for name in row.split(", ")) == sorted(stages.NAMES)
+
+
+def test_every_command_is_in_the_readme_and_every_option_says_what_it_is_for():
+    for name, command in cli.commands.items():
+        assert f"profkit {name} " in TEXT, name
+        assert command.help and "Example: profkit" in command.help
+        for option in command.params:
+            named = option.opts[0] in ("--granularity", "--max-new-tokens", "--dtype")
+            assert isinstance(option, click.Argument) or named or option.help, (name, option.opts)
 
 
 def test_options_in_the_readme_exist():

@@ -57,8 +57,8 @@ for (const field of document.querySelectorAll("input[data-for]")) {
     const wanted = field.value.trim().toLowerCase();
     const said = field.parentElement.querySelector("output");
     const tree = place.data.findIndex((trace, number) => (trace.visible ?? true) === true);
-    const {labels, customdata} = place.data[tree];
-    const found = labels.map(name => wanted !== "" && name.toLowerCase().includes(wanted));
+    const {hovertext, customdata} = place.data[tree];
+    const found = hovertext.map(name => wanted !== "" && name.toLowerCase().includes(wanted));
     const own = found.reduce((sum, hit, number) => hit ? sum + customdata[number][0] : sum, 0);
     said.textContent = wanted === "" ? "" : `${found.filter(Boolean).length} found, own time ${own.toFixed(3)} ms`;
     Plotly.restyle(place, {
