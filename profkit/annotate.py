@@ -18,6 +18,7 @@ OWN_PROCESS = 2_000_000_000
 FIRST_LANE = 1_900_000_000
 """Thread number of the first row for slices that would cross others on their own."""
 FLOW = "scope to kernel"
+CHECKS = b',"profkit_checks":'
 BASE_FIELD = "baseTimeNanoseconds"
 """Header field that says which moment a file's times count from."""
 
@@ -198,9 +199,13 @@ def _label(what: str, thread: int, **args: Any) -> dict[str, Any]:
     return {"ph": "M", "name": what, "pid": OWN_PROCESS, "tid": thread, "ts": 0, "args": args}
 
 
-def with_metadata(content: bytes, **metadata: Any) -> bytes:
-    """Return the text of a trace with more said of it at its end, under `profkit_<name>`."""
-    return content[:-1] + b"," + msgspec.json.encode({f"profkit_{key}": value for key, value in metadata.items()})[1:]
+def with_checks(content: bytes, checks: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return the text of a trace that annotated() made, with what the run's checks found at its end.
+
+    They stand under `profkit_checks`, in place of those that stood there before.
+    """
+    events, _, _ = content.rpartition(CHECKS)
+    return (events or content[:-1]) + CHECKS + msgspec.json.encode(checks) + b"}"
 
 
 def compressed(content: bytes) -> bytes:

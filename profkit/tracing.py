@@ -224,7 +224,7 @@ class Tracing:
         result.manifest |= {"faults": self.faults, "notes": self.notes, "machine": self.machine}
         result.manifest["checks"]["verdicts"] = found = [asdict(one) for one in verdicts(result)]
         if result.trace_json is not None:
-            result.trace_json = annotate.with_metadata(result.trace_json, checks=runs.plain(found))
+            result.trace_json = annotate.with_checks(result.trace_json, runs.plain(found))
         return result
 
     def _changed(self) -> list[str]:

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from profkit import annotate
 from profkit.checks import kept_verdicts
 from profkit.decoupled import decoupled
 from profkit.delays import delays
 from profkit.environment import preserved_random_state
 from profkit.invariance import invariance
-from profkit.run import Run
+from profkit.run import Run, plain
 from profkit.verdicts import Verdict
 
 
@@ -37,5 +38,7 @@ def verify(
         found += decoupled(model, greedy, run.anatomy, repeats)
         progress("known delays")
         found += delays(model, greedy, run.anatomy, repeats=repeats)
-    run.manifest["checks"]["verdicts"] = [asdict(one) for one in found]
+    run.manifest["checks"]["verdicts"] = kept = [asdict(one) for one in found]
+    if run.trace_json is not None:
+        run.trace_json = annotate.with_checks(run.trace_json, plain(kept))
     return found

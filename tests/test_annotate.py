@@ -127,6 +127,9 @@ def test_a_trace_tells_what_its_run_was_found_to_be():
     run = profkit.trace(model, kwargs, warmup=0, repeat=1)
     said = chrome.parse(run.trace_json).header["profkit_checks"]
     assert [one["check"] for one in said] == [one["check"] for one in run.manifest["checks"]["verdicts"]]
+    again = annotate.with_checks(run.trace_json, [{"check": "another", "ok": False}])
+    assert chrome.parse(again).header["profkit_checks"] == [{"check": "another", "ok": False}]
+    assert len(chrome.parse(again).events) == len(chrome.parse(run.trace_json).events)
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,9 @@ FLOORS = {
     9: {"text", "trace_text", "sample_text", "tracing", "comparison", "invariance", "delays", "decoupled", "findings"},
     10: {"comparison_text", "sampling", "verification", "figures"},
     11: {"report"},
-    12: {"cli_reading"},
-    13: {"cli"},
+    12: {"cli_reading", "viewing"},
+    13: {"cli_view"},
+    14: {"cli"},
 }
 WITH_TORCH = {
     "cache",
