@@ -154,7 +154,8 @@ def icicle(trees: Mapping[str, pd.DataFrame]) -> go.Figure:
                 labels=["all", *_short(tree, names)],
                 hovertext=["all", *names],
                 values=np.append(tops["total_ms"].sum(), tree["total_ms"]),
-                customdata=np.concatenate([[[0.0, 0.0]], own]),
+                # As lists: the page reads rows of two, which plotly would pack into bytes.
+                customdata=[[0.0, 0.0], *own.round(6).tolist()],
                 branchvalues="total",
                 maxdepth=8,
                 marker={"colors": [OTHER_COLOUR, *(colour_of(name) for name in _stage_of(tree))]},

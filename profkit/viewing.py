@@ -20,6 +20,8 @@ HOST = "127.0.0.1"
 PERFETTO = "https://ui.perfetto.dev"
 PERFETTO_PORT = 9001
 """The only port of this machine that ui.perfetto.dev may fetch from: its security policy names it."""
+HERE_ALONE = "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'"
+"""Perfetto's page asks the web a few things that it does not need."""
 REPORT, TRACE, UI = "report.html", "trace.json.gz", "perfetto/"
 
 
@@ -133,6 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
         )
         self.send_header("Content-Type", kind or "application/octet-stream")
         self.send_header("Content-Length", str(len(content)))
+        if name.startswith(UI):
+            self.send_header("Content-Security-Policy", HERE_ALONE)
         self._end()
         if body:
             self.wfile.write(content)
