@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from profkit import annotate, device_tables, stages, stats, tables
+from profkit import annotate, device_tables, stages, stats, tables, tensorboard
 from profkit.anatomy import Anatomy
 from profkit.errors import InputError, ProfkitError
 from profkit.ledger import Marks, Scope
@@ -289,9 +290,10 @@ def _write(run: Run, folder: Path) -> None:
         board = folder / "tensorboard"
         board.mkdir()
         when_ms = int(run.manifest.get("started_unix_ms", 0))
-        shutil.copyfile(folder / "trace.json.gz", board / f"profkit.{when_ms}.pt.trace.json.gz")
-    text = json.dumps(plain(manifest), indent=1, ensure_ascii=False)
-    (folder / "run.json").write_text(text + "\n", encoding="utf-8")
+        text = run.trace_json or gzip.decompress((folder / "trace.json.gz").read_bytes())
+        annotate.write(board / f"profkit.{when_ms}.pt.trace.json.gz", tensorboard.plugin_copy(text))
+    described = json.dumps(plain(manifest), indent=1, ensure_ascii=False)
+    (folder / "run.json").write_text(described + "\n", encoding="utf-8")
 
 
 def _parquet(frame: pd.DataFrame, path: Path) -> None:

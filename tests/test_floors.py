@@ -24,7 +24,7 @@ FLOORS = {
     },
     4: {"attribution", "audit", "chrome", "phases", "probes", "roles", "annotate"},
     5: {"foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"},
-    6: {"device_tables", "trust", "dummies", "hierarchy", "pace", "timeline"},
+    6: {"device_tables", "trust", "dummies", "hierarchy", "pace", "timeline", "tensorboard"},
     7: {"run", "inspection", "capabilities", "explanation"},
     8: {"analysis", "capture", "checks", "sample_runs", "trace_file"},
     9: {"text", "trace_text", "sample_text", "tracing", "comparison", "invariance", "delays", "decoupled", "findings"},
