@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,9 @@ def _of_samples(run: SampleRun, key: str) -> Iterator[str]:
 def _side_by_side(saved: Sequence[Saved]) -> Iterator[str]:
     """The bars of all runs, then each one against the first."""
     measured = [comparison.measured(one) for one in saved]
+    if len({one.name for one in measured}) < len(measured):
+        # The same directory name in two places, or one run given twice.
+        measured = [replace(one, name=f"{number}: {one.name}") for number, one in enumerate(measured, start=1)]
     medians = {one.name: {str(name): float(one.times[name].median()) for name in one.times} for one in measured}
     yield page.figure(figures.stage_bars(medians), "side-by-side")
     base, *others = measured

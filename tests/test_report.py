@@ -149,6 +149,12 @@ def test_several_runs_stand_side_by_side(run, tmp_path):
     assert page.figure("run0-stages")["data"] and page.figure("run1-stages")["data"]
 
 
+def test_runs_of_one_name_stay_apart(run):
+    page = Page(report.html_of([run, run]))
+    assert page.figure("side-by-side")["data"][0]["y"] == ["1: one (one)", "2: one (one)"]
+    assert "2: one (one) over 1: one (one)" in page.text
+
+
 def test_a_run_over_samples(tmp_path):
     folder = tmp_path / "many"
     folder.mkdir()
