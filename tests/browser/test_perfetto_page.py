@@ -21,6 +21,12 @@ SQL = """async sql => {
   return rows;
 }"""
 
+SELECTED = """([id, name]) => {
+  if (app.trace.selection.selection.kind !== 'empty' && document.body.textContent.includes(name)) return true;
+  app.trace.selection.selectSqlEvent('slice', id, {scrollToSelection: true});
+  return false;
+}"""
+
 
 @pytest.fixture
 def perfetto(opened, serving):
@@ -69,7 +75,7 @@ def test_overlapping_kernels_open_whole(perfetto, tmp_path):
     assert found.page.evaluate(SQL, sums) == [[str(rows.sum()), str(events.duration_ns[rows].sum())]]
     longest = "select id, name from slice where category = 'kernel' order by dur desc limit 1"
     number, name = found.page.evaluate(SQL, longest)[0]
-    found.page.evaluate("id => app.trace.selection.selectSqlEvent('slice', id, {scrollToSelection: true})", int(number))
-    found.page.wait_for_function("name => document.body.innerText.includes(name)", arg=name[:40], timeout=60_000)
+    # Perfetto takes a selection only once its tracks are there: ask until it shows what was selected.
+    found.page.wait_for_function(SELECTED, arg=[int(number), name[:30]], timeout=120_000, polling=2_000)
     found.page.screenshot(path=str(tmp_path / "perfetto.png"))
     assert found.abroad == []
