@@ -158,10 +158,9 @@ def _model_type(folder: Path) -> str:
 def _eventgpt(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Loaded:
     """Load a released checkpoint of EventGPT, which transformers does not know."""
     model = eventgpt.from_checkpoint(folder, dtype).to(device)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        return Loaded(folder.name, model, why_no_processor=" ".join(str(error).split())[:200])
+    tokenizer, why_not = _tokenizer(folder)
+    if tokenizer is None:
+        return Loaded(folder.name, model, why_no_processor=why_not)
     return Loaded(folder.name, model, processors.eventgpt(model.config, tokenizer))
 
 
@@ -174,13 +173,18 @@ def _from_pretrained(spec: str, device: torch.device, dtype: torch.dtype | None,
 
 def _processor(spec: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     """Return a checkpoint's processor, or its tokenizer if it has no other; if neither loads, None and why."""
-    refusals = (OSError, ValueError, KeyError, TypeError, ImportError)
-    with suppress(*refusals):
+    # Where files are missing, transformers raises whatever its next line happens to raise.
+    with suppress(Exception):
         return transformers.AutoProcessor.from_pretrained(spec, **options), ""
+    return _tokenizer(spec, **options)
+
+
+def _tokenizer(spec: str | Path, **options: Any) -> tuple[Any, str]:
+    """Return a checkpoint's tokenizer; if it does not load, None and why."""
     try:
         return transformers.AutoTokenizer.from_pretrained(spec, **options), ""
-    except refusals as error:
-        return None, " ".join(str(error).split())[:200]
+    except Exception as error:
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _auto_class(config: Any) -> Any:
