@@ -89,8 +89,11 @@ class EventGPT(transformers.LlamaForCausalLM):
     config_class = EventGPTConfig
 
     def __init__(self, config: EventGPTConfig) -> None:
-        super().__init__(config)
+        # Not LlamaForCausalLM's own: it would make a decoder, too, only to be replaced.
+        super(transformers.LlamaForCausalLM, self).__init__(config)
         self.model = EventGPTModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_visual_tower(self) -> nn.Module:
@@ -151,7 +154,7 @@ def from_checkpoint(folder: Path, dtype: torch.dtype | None = None) -> EventGPT:
     config = EventGPTConfig.from_dict(told)
     wanted = dtype or getattr(torch, str(told.get("dtype") or told.get("torch_dtype") or "float32"))
     with no_init_weights():
-        model = EventGPT(config).to(wanted).eval()
+        model = EventGPT._from_config(config, dtype=wanted).eval()
     load_weights(model, folder)
     return model
 
