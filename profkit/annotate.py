@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,11 @@ FIRST_LANE = 1_900_000_000
 """Thread number of the first row for slices that would cross others on their own."""
 FLOW = "scope to kernel"
 CHECKS = b',"profkit_checks":'
+TIMESTAMP = re.compile(rb'("ts": ?)([0-9]+)')
+HAIR_NS = 0.4
+"""By how much profkit's slices are written too short, at most, those around others by less: some viewers add
+ts and dur as floating point numbers, and take slices apart that end an instant after the next began. Less than
+half a ns is nothing to those that read ns."""
 BASE_FIELD = "baseTimeNanoseconds"
 """Header field that says which moment a file's times count from."""
 
@@ -90,8 +96,9 @@ def annotated(content: bytes, left_out: str, own: Own, until_ns: int | None = No
 
     Events whose names begin with `left_out` are dropped, and so are pseudo-processes: viewers reject process numbers
     that are text, and one slice as long as the session dwarfs the program's. Slices that cross others on their row,
-    which Perfetto would drop, get a row beside it; all other events stay as they are. `until_ns` leaves out what begins
-    then or later. Raises msgspec.DecodeError if `content` is no trace; the profiler has just written it.
+    which Perfetto would drop, get a row beside it; all others stay as they are, but for the clock's zero, which moves
+    to the first of them. `until_ns` leaves out what begins then or later. Raises msgspec.DecodeError if `content` is
+    no trace; the profiler has just written it.
     """
     raw = msgspec.json.decode(content, type=_File).traceEvents
     header = {
@@ -109,10 +116,29 @@ def annotated(content: bytes, left_out: str, own: Own, until_ns: int | None = No
     ]
     moved = _moved([event for _, event in kept])
     foreign = [_on_lane(text, event, moved) if moved else text for text, event in kept]
-    mine = (msgspec.json.encode(event) for event in _own_events(own, base_ns))
+    shift_us = int(min((event.ts for _, event in kept if event.ph == "X"), default=0))
+    shift_us = min([shift_us, *((one.start_ns - base_ns) // 1000 for track in own.tracks for one in track.slices)])
+    mine = (msgspec.json.encode(event) for event in _own_events(own, base_ns + 1000 * shift_us))
     lanes = (msgspec.json.encode(event) for event in _lane_names(moved, kept))
-    head = msgspec.json.encode({**header, "profkit": own.metadata})
-    return head[:-1] + b',"traceEvents":' + _join([*mine, *lanes, *foreign]) + b"}"
+    head = msgspec.json.encode({**header, BASE_FIELD: base_ns + 1000 * shift_us, "profkit": own.metadata})
+    events = [_join([*mine, *lanes])[:-1], _earlier(_join(foreign), shift_us)[1:]]
+    return head[:-1] + b',"traceEvents":' + (b",\n" if foreign else b"").join(events) + b"}"
+
+
+def _earlier(text: bytes, shift_us: int) -> bytes:
+    """Return the text of events with a later zero of their clock: the whole us of each `ts` less so many.
+
+    Viewers read times as floating point numbers, which months after the zero, as torch has it, tell no ns any more.
+    """
+    if shift_us <= 0:
+        return text
+
+    def less(found: re.Match[bytes]) -> bytes:
+        whole_us = int(found[2]) - shift_us
+        # What is before the new zero has no time of its own: names of rows.
+        return found[0] if whole_us < 0 else found[1] + str(whole_us).encode()
+
+    return TIMESTAMP.sub(less, text)
 
 
 def _join(raw: Iterable[bytes | msgspec.Raw]) -> bytes:
@@ -172,7 +198,9 @@ def _own_events(own: Own, base_ns: int) -> Iterator[dict[str, Any]]:
         number = numbers[track.name]
         yield _label("thread_name", number, name=track.name)
         yield _label("thread_sort_index", number, sort_index=number)
-        for one in track.slices:
+        depths = _depths(track.slices)
+        deepest = max(depths, default=0)
+        for one, depth in zip(track.slices, depths, strict=True):
             yield {
                 "ph": "X",
                 "cat": "profkit",
@@ -180,7 +208,7 @@ def _own_events(own: Own, base_ns: int) -> Iterator[dict[str, Any]]:
                 "pid": OWN_PROCESS,
                 "tid": number,
                 "ts": (one.start_ns - base_ns) / 1000,
-                "dur": one.duration_ns / 1000,
+                "dur": max(one.duration_ns - HAIR_NS * (1 + depth) / (1 + deepest), 0) / 1000,
                 "args": one.args,
             }
     for counter in own.counters:
@@ -193,6 +221,18 @@ def _own_events(own: Own, base_ns: int) -> Iterator[dict[str, Any]]:
         end = {"pid": flow.to[0], "tid": flow.to[1], "ts": (flow.to_ns - base_ns) / 1000}
         yield {"ph": "s", **same, **begin}
         yield {"ph": "f", "bp": "e", **same, **end}
+
+
+def _depths(slices: Sequence[Slice]) -> list[int]:
+    """Return how many slices of a track lie around each."""
+    order = sorted(range(len(slices)), key=lambda row: (slices[row].start_ns, -slices[row].duration_ns))
+    depths, ends = [0] * len(slices), [0]
+    for row in order:
+        while len(ends) > 1 and ends[-1] <= slices[row].start_ns:
+            ends.pop()
+        depths[row] = len(ends) - 1
+        ends.append(slices[row].start_ns + slices[row].duration_ns)
+    return depths
 
 
 def _label(what: str, thread: int, **args: Any) -> dict[str, Any]:

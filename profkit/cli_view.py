@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,20 +44,27 @@ def view(path: Path, port: int, debug: bool) -> None:
 
 @contextmanager
 def _tensorboard(path: Path) -> Iterator[dict[str, str]]:
-    """Run TensorBoard on the run's directory while the body runs, where it is installed."""
-    if importlib.util.find_spec("tensorboard") is None or not (path / "tensorboard").is_dir():
+    """Run TensorBoard while the body runs, where it is installed, on a copy: looking at a run leaves it as it is."""
+    from profkit.sample_runs import load_any
+    from profkit.scalars import is_installed, write_scalars
+
+    if not is_installed():
         yield {}
         return
-    port = _free_port()
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(path / "tensorboard"), "--host", "127.0.0.1"]
-    process = subprocess.Popen(  # noqa: S603 - our own interpreter
-        [*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        yield {"TensorBoard": f"http://127.0.0.1:{port}/"}
-    finally:
-        process.terminate()
-        process.wait()
+    with tempfile.TemporaryDirectory(prefix="profkit-") as folder:
+        write_scalars(load_any(path), Path(folder) / path.name)
+        for trace in (path / "tensorboard").glob("*.pt.trace.json.gz"):
+            shutil.copy(trace, Path(folder) / path.name)
+        port = _free_port()
+        command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--host", "127.0.0.1"]
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter
+            [*command, "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            yield {"TensorBoard": f"http://127.0.0.1:{port}/"}
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def _free_port() -> int:

@@ -11,6 +11,7 @@ import perfetto
 import pytest
 import torch
 from builders import small_llava
+from handmade import SHARED_TRACES
 from test_kineto import FakeEvent, FakeResults, recorded_on_a_device
 
 import profkit
@@ -143,3 +144,37 @@ def test_sizes(size, count):
 def test_what_is_no_size(size):
     with pytest.raises(InputError, match="is no size such as 50MB"):
         parse_size(size)
+
+
+def test_slices_that_touch_do_not_cross_in_floating_point(tmp_path):
+    """Some viewers subtract a row's first ts and add dur, as floating point numbers: ends must keep their order."""
+    model, kwargs = small_llava()
+    run = profkit.trace(model, kwargs, warmup=0, repeat=1, profile_steps=range(8))
+    text = json.loads(run.trace_json)
+    slices = [one for one in text["traceEvents"] if one["ph"] == "X"]
+    assert 0 <= min(one["ts"] for one in slices) < 1 and max(one["ts"] for one in slices) < 60e6
+    for row in (1, 2, 3):
+        mine = [one for one in slices if one["pid"] == annotate.OWN_PROCESS and one["tid"] == row]
+        mine.sort(key=lambda one: (one["ts"], -one["dur"]))
+        ends: list[float] = []
+        for one in mine:
+            begin, end = one["ts"] - mine[0]["ts"], one["ts"] - mine[0]["ts"] + one["dur"]
+            while ends and ends[-1] <= begin:
+                ends.pop()
+            assert not ends or end < ends[-1]
+            ends.append(end)
+
+
+@pytest.mark.skipif(not (SHARED_TRACES / "nv_h100_bert.json.gz").exists(), reason="the shared traces are not here")
+def test_a_later_zero_leaves_every_moment_where_it_was():
+    content = gzip.decompress((SHARED_TRACES / "nv_h100_bert.json.gz").read_bytes())
+    before = json.loads(content)
+    after = json.loads(annotate.annotated(content, "profkit:", annotate.Own([])))
+
+    def moments(trace) -> set[tuple[str, int]]:
+        base_ns = int(trace.get("baseTimeNanoseconds", 0))
+        real = (one for one in trace["traceEvents"] if one["ph"] in "Xsf" and not isinstance(one["pid"], str))
+        return {(one["name"], base_ns + round(one["ts"] * 1000)) for one in real}
+
+    assert after["baseTimeNanoseconds"] > before["baseTimeNanoseconds"]
+    assert moments(after) == moments(before)
