@@ -13,7 +13,7 @@ from profkit.ledger import NO_TIME
 from profkit.run import Run
 from profkit.spans import Spans
 from profkit.steadiness import steadiness
-from profkit.verdicts import Verdict, bounded, known
+from profkit.verdicts import Verdict, at_most, bounded, known
 
 DEVICE_SUMS = 0.001
 COST = {"stage": 0.01, "layer": 0.02, "module": 0.10}
@@ -25,7 +25,8 @@ NOTABLE = 0.05
 
 def verdicts(run: Run) -> list[Verdict]:
     """Return every verdict that a run allows, saved ones included: none needs the model."""
-    return [*_sums(run), _tokens(run), _overhead(run), *_dilation(run), *_steady(run), *_capture(run), *_encoded(run)]
+    every = [*_sums(run), _tokens(run), _overhead(run), *_calibrated(run), *_dilation(run), *_steady(run)]
+    return [*every, *_capture(run), *_encoded(run)]
 
 
 def kept_verdicts(run: Run) -> list[Verdict]:
@@ -98,16 +99,20 @@ def _overhead(run: Run) -> Verdict:
     allowed = COST.get(granularity, COST["layer"])
     if not control or len(clean) != len(control):
         return known("overhead", float("nan"), "", "there are no uninstrumented passes beside the clean ones")
-    over = run.overhead() - 1
-    low, high = (edge - 1 for edge in stats.ratio_interval(np.array(control), np.array(clean), paired=True))
+    low, high = stats.ratio_interval(np.array(control), np.array(clean), paired=True)
     said = f"clean over uninstrumented passes, {granularity} granularity, in pairs of alternating order"
-    if np.isnan(low):
-        return Verdict("overhead", None, over, allowed, "", f"{said}; fewer than three pairs leave it open")
-    said += f"; 95 % interval {low:+.1%} to {high:+.1%}"
-    if low > allowed:
-        return Verdict("overhead", False, over, allowed, "", said)
-    noisy = "" if high <= allowed else ": too noisy to tell"
-    return Verdict("overhead", None if noisy else True, over, allowed, "", said + noisy)
+    return at_most("overhead", run.overhead() - 1, (low - 1, high - 1), allowed, said)
+
+
+def _calibrated(run: Run) -> Iterator[Verdict]:
+    """What marks alone cost, by the calibration that Run.corrected() subtracts."""
+    cost = (run.manifest.get("machine") or {}).get("mark_cost")
+    if cost is not None:
+        table = run.corrected()
+        share = float(table["marks_ms"].sum() / table["host_ms"].sum())
+        each_us = (cost["inside_ns"] + cost["outside_ns"]) / 1e3
+        said = f"of the time is what marks cost by calibration, {each_us:.2f} us a call: the least they take"
+        yield known("overhead: calibrated", share, "", said)
 
 
 def _dilation(run: Run) -> Iterator[Verdict]:
@@ -148,8 +153,10 @@ def _capture(run: Run) -> Iterator[Verdict]:
     faults = run.manifest.get("faults", [])
     said = f"errors inside the instrument{': ' + faults[0] if faults else ''}"
     yield bounded("capture: instrument", len(faults), 0, "errors", said)
-    silent = [part.path for part in run.anatomy.parts if part.role in MUST_RUN and part.fired == 0]
-    said = f"parts that never ran during generate(){': ' + ', '.join(silent) if silent else ''}"
+    ran = {part.role for part in run.anatomy.parts if part.fired != 0}
+    silent = [part.path for part in run.anatomy.parts if part.role in MUST_RUN and part.role not in ran]
+    # One of two towers may rest: Video-LLaVA has one for images and one for videos.
+    said = f"parts that never ran during generate(), nor another of their role{': ' * bool(silent)}{', '.join(silent)}"
     yield bounded("capture: parts that ran", len(silent), 0, "parts", said)
     if (changed := checks.get("changed")) is not None:
         said = f"modules that were exchanged, or compiled again, during the run{': ' + changed[0] if changed else ''}"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from profkit import __version__, checks, cli_reading, cli_view, text
+from profkit import __version__, checks, cli_reading, cli_view, jobs, text
 from profkit.command import Command, model_options, quiet_libraries
 from profkit.errors import InputError, InterruptedRunError, MeasurementError
-from profkit.options import new_directory, parse_parts, parse_size, parse_steps, parse_window, rank_here
+from profkit.options import new_directory, rank_here
 
 if TYPE_CHECKING:
-    from profkit.models import Loaded
-    from profkit.ranks import Ranks
     from profkit.run import Run
-    from profkit.sample_lists import Item
-    from profkit.sample_runs import SampleRun
-    from profkit.samples import Sample
-    from profkit.verdicts import Verdict
 
 DEFAULT_MODEL = "tiny-llava"
 
@@ -54,6 +46,10 @@ for command in (cli_reading.analyze, cli_reading.compare, cli_reading.report, cl
 @click.option("--seed", type=int, default=0, help="Random state of every pass.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: traces/<model>-<time>]")
 @click.option("--force", is_flag=True, help="Replace the run in --out.")
+@click.option(
+    "--corrected", is_flag=True, help="Also show times without what the instrument's marks cost, as calibrated."
+)
+@click.option("--tensorboard", is_flag=True, help="Also write scalars, histograms and texts for TensorBoard.")
 @click.option("--strict", is_flag=True, help="Exit with status 1 if the run fails a check.")
 @click.option(
     "--samples",
@@ -83,15 +79,12 @@ def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_js
         return
     if rank_here() is not None:
         raise InputError("Several ranks share a list of samples: give --samples, or run without torchrun.")
-    profile_steps = parse_steps(options["profile_steps"])
-    parse_size(options["trace_budget"])
-    status = Console(stderr=True).status("starting")
-    with status:
-        run, saved = _measure(name, inputs, out, profile_steps, options, status.update)
+    with Console(stderr=True).status("starting") as status:
+        run = jobs.measure(name, inputs, out, options, status.update)
     if as_json:
-        click.echo(json.dumps(text.as_dict(run, saved), indent=1, allow_nan=False))
+        click.echo(json.dumps(text.as_dict(run), indent=1, allow_nan=False))
     else:
-        _print_report(run, saved)
+        _print_report(run, options["corrected"])
     if options["strict"] and (failed := checks.failed(run)):
         named = "; ".join(f"{one.check} ({text.figure(one)})" for one in failed)
         raise MeasurementError(f"The run is saved, but these checks failed: {named}.")
@@ -105,14 +98,16 @@ def _trace_samples(name: str, out: Path | None, as_json: bool, options: dict[str
     if options["resume"] and out is None:
         raise InputError("--resume needs --out: the run to go on with.")
     quiet_libraries()
-    from profkit import ranks
+    from profkit import ranks, scalars
 
+    if options["tensorboard"]:
+        scalars.require()
     with ranks.joined() as here:
         target = here.first(lambda: out or new_directory(name))
         bar = Progress(*sample_text.COLUMNS, console=Console(stderr=True), disable=here.rank > 0)
         try:
             with bar:
-                run = _measure_samples(name, items, target, options, here, bar)
+                run = jobs.measure_samples(name, items, target, options, here, bar)
         except KeyboardInterrupt:
             kept = len(sample_runs.SampleRun.load(target, partial=True).good) if target.exists() else 0
             raise InterruptedRunError(f"Interrupted: {kept} samples are kept in {target}, --resume goes on.") from None
@@ -124,6 +119,8 @@ def _trace_samples(name: str, out: Path | None, as_json: bool, options: dict[str
             ) from error
         if here.rank > 0:
             return
+        if options["tensorboard"]:
+            scalars.write_scalars(run, target / "tensorboard")
     if as_json:
         click.echo(json.dumps(sample_text.as_dict(run), indent=1, allow_nan=False))
         return
@@ -131,33 +128,6 @@ def _trace_samples(name: str, out: Path | None, as_json: bool, options: dict[str
     for part in sample_text.report(run):
         console.print(part)
     console.print(f"Wrote {escape(str(target))}", soft_wrap=True)
-
-
-def _measure_samples(
-    name: str, items: Sequence[Item], target: Path, options: dict[str, Any], here: Ranks, bar: Progress
-) -> SampleRun:
-    """Load the model and measure this rank's share of the samples, showing how far it is."""
-    from profkit import sampling
-
-    task = bar.add_task(f"loading {name}", total=len(here.share(items)), failed=0)
-    loaded = _load(name, options, lambda what: None)
-    if loaded.processor is None:
-        raise InputError(f"{name} comes without a processor, which --samples needs.")
-    shown = f"{name}, rank 0 of {here.world}" if here.world > 1 else name
-    plan = sampling.Plan(
-        options["max_new_tokens"],
-        options["prompt"],
-        _generate_options(loaded, options),
-        **{key: options[key] for key in ("warmup", "granularity", "seed", "fail_fast")},
-        resume=options["resume"] or here.restarted,
-        event_window_us=parse_window(options["event_window"]),
-        progress=lambda done, total, failed: bar.update(
-            task, description=shown, completed=done, total=total, failed=failed
-        ),
-    )
-    about = {"model": name, "weights": "random" if loaded.random_weights else "as loaded"}
-    manifest = sampling.describe(loaded.model, plan, {**about, "samples": str(options["listed"])})
-    return sampling.measure(loaded.model, loaded.processor, items, target, plan, manifest, here)
 
 
 @cli.command(name="inspect", cls=Command, context_settings={"show_default": True})
@@ -173,7 +143,7 @@ def inspect_command(arguments: tuple[str, ...], model: str | None, as_json: bool
     """
     name, inputs = _named(arguments, model)
     with Console(stderr=True).status("starting") as status:
-        found, parts, abilities = _inspect(name, inputs, options, status.update)
+        found, parts, abilities = jobs.inspect(name, inputs, options, status.update)
     if as_json:
         click.echo(json.dumps(text.anatomy_as_dict(found, parts, abilities), indent=1, allow_nan=False))
         return
@@ -207,7 +177,7 @@ def verify(arguments: tuple[str, ...], model: str | None, out: Path | None, as_j
         found = checks.verdicts(result)
     else:
         with Console(stderr=True).status("starting") as status:
-            result, found = _verified(name, inputs, out, options, status.update)
+            result, found = jobs.verify(name, inputs, out, options, status.update)
     if as_json:
         click.echo(json.dumps(text.verdicts_as_dict(found), indent=1, allow_nan=False))
     else:
@@ -220,163 +190,21 @@ def verify(arguments: tuple[str, ...], model: str | None, out: Path | None, as_j
         raise MeasurementError(f"{len(failed)} of {len(found)} checks failed: {', '.join(failed)}.")
 
 
-def _verified(
-    name: str, inputs: Sequence[str], out: Path | None, options: dict[str, Any], progress: Any
-) -> tuple[Run, list[Verdict]]:
-    """Trace a model, make the experiments, and return the run, saved, and every verdict."""
-    target = out or new_directory(name)
-    quiet_libraries()
-    progress("importing torch and transformers")
-    from profkit import run, tracing, verification
-
-    run.check_target(target, options["force"])
-    loaded = _load(name, options, progress)
-    sample = _sample(loaded, inputs, options)
-    generate_options = _generate_options(loaded, options)
-    kwargs = {**(tracing.prepared(sample) if sample else loaded.generate_kwargs or {}), **generate_options}
-    result = tracing.trace(
-        loaded.model,
-        loaded.generate_kwargs,
-        sample=sample,
-        options=generate_options,
-        manifest={"model": name, "weights": "random" if loaded.random_weights else "as loaded"},
-        parts=parse_parts(options["part"]),
-        repeat=options["repeat"],
-        seed=options["seed"],
-        progress=progress,
-    )
-    found = verification.verify(loaded.model, kwargs, result, options["repeat"], progress)
-    result.save(target, options["force"])
-    return result, found
-
-
-def _inspect(name: str, inputs: Sequence[str], options: dict[str, Any], progress: Any) -> tuple[Any, Any, list[Any]]:
-    """Load the model and return its anatomy, the table of its parts and its capabilities."""
-    quiet_libraries()
-    progress("importing torch and transformers")
-    from profkit import capabilities, inspection
-
-    loaded = _load(name, options, progress)
-    kwargs = dict(loaded.generate_kwargs or {})
-    if inputs or hasattr(loaded.processor, "image_processor") or hasattr(loaded.processor, "media"):
-        kwargs = _sample_kwargs(_sample(loaded, inputs, {**options, "max_new_tokens": 4}))
-    progress("watching a short generate()")
-    found = inspection.inspect(loaded.model, parts=parse_parts(options["part"]), **kwargs)
-    abilities = []
-    if options["capabilities"] and kwargs:
-        progress("trying what the model can do")
-        abilities = [asdict(one) for one in capabilities.measure(loaded.model, found, kwargs)]
-    return found, inspection.part_table(loaded.model, found), abilities
-
-
-def _sample_kwargs(sample: Sample | None) -> dict[str, Any]:
-    return dict(sample.transfer(sample.preprocess(sample.load()))) if sample else {}
-
-
-def _load(name: str, options: dict[str, Any], progress: Any) -> Loaded:
-    from profkit import models
-
-    device = models.choose_device(options["device"])
-    dtype = models.DTYPES.get(options["dtype"])
-    progress(f"loading {name}")
-    return models.load_model(name, device, dtype, options["weights"], options["trust_remote_code"])
-
-
 def _named(arguments: tuple[str, ...], model: str | None) -> tuple[str, tuple[str, ...]]:
     """Return the model's name and the inputs among the arguments."""
     return (model, arguments) if model else ((*arguments, DEFAULT_MODEL)[0], arguments[1:])
 
 
-def _print_report(run: Run, saved: Path) -> None:
-    console = Console(highlight=False)
-    for part in text.report(run):
+def _print_report(run: Run, corrected: bool) -> None:
+    console, saved = Console(highlight=False), run.path
+    assert saved is not None
+    for part in text.report(run, corrected):
         console.print(part)
     console.print(f"Wrote {escape(str(saved))}", soft_wrap=True)
     code = f"import profkit; print(profkit.load({str(saved)!r}).breakdown())"
     console.print(f'Read it again: python -c "{escape(code)}"', soft_wrap=True)
     if run.trace_json is not None:
         console.print(f"Open in https://ui.perfetto.dev: {escape(str(saved / 'trace.json.gz'))}", soft_wrap=True)
-
-
-def _measure(
-    name: str,
-    inputs: Sequence[str],
-    out: Path | None,
-    profile_steps: frozenset[int],
-    options: dict[str, Any],
-    progress: Any,
-) -> tuple[Any, Path]:
-    """Load the model, trace it, and return the run and where it was saved."""
-    target = out or new_directory(name)
-    quiet_libraries()
-    progress("importing torch and transformers")
-    from profkit import run, tracing
-
-    run.check_target(target, options["force"])
-    loaded = _load(name, options, progress)
-    sample = _sample(loaded, inputs, options)
-    if sample and options["profile"] and min(profile_steps) >= options["max_new_tokens"]:
-        raise InputError(
-            f"--profile-steps {options['profile_steps']}: {options['max_new_tokens']} new tokens take the steps 0 to "
-            f"{options['max_new_tokens'] - 1}; choose from those, or raise --max-new-tokens."
-        )
-    result = tracing.trace(
-        loaded.model,
-        loaded.generate_kwargs,
-        sample=sample,
-        options=_generate_options(loaded, options),
-        out=target,
-        force=options["force"],
-        manifest={
-            "model": name,
-            "weights": "random" if loaded.random_weights else "as loaded",
-            "model_load_ms": loaded.load_ms,
-            **({"inputs": sample.hashes(), "media_items": sample.media_items} if sample else {}),
-        },
-        parts=parse_parts(options["part"]),
-        profile=options["profile"],
-        profile_steps=profile_steps,
-        trace_budget_bytes=parse_size(options["trace_budget"]),
-        progress=progress,
-        **{key: options[key] for key in ("warmup", "repeat", "granularity", "seed")},
-    )
-    return result, target
-
-
-def _sample(loaded: Loaded, inputs: Sequence[str], options: dict[str, Any]) -> Sample | None:
-    from profkit import samples
-
-    if loaded.generate_kwargs is not None:
-        if inputs or options["prompt"] is not None:
-            raise InputError(f"{loaded.name} brings its own generate_kwargs: leave INPUTS and --prompt out.")
-        return None
-    if loaded.processor is None:
-        raise InputError(
-            f"{loaded.name} comes without a processor or tokenizer, so no inputs can be made for it: save its "
-            "processor beside it, or give package.module:function, which returns (model, generate_kwargs). "
-            f"(transformers said: {loaded.why_no_processor})"
-        )
-    files = [Path(one) for one in inputs]
-    window = parse_window(options["event_window"])
-    return samples.sample_for(
-        loaded.processor,
-        loaded.model,
-        files,
-        options["prompt"],
-        options["max_new_tokens"],
-        event_window_us=window,
-    )
-
-
-def _generate_options(loaded: Loaded, options: dict[str, Any]) -> dict[str, Any]:
-    """Return what is added to generate()'s arguments; those of the user's own function stay as they are."""
-    if loaded.generate_kwargs is not None:
-        return {}
-    chosen: dict[str, Any] = {"max_new_tokens": options["max_new_tokens"]}
-    if loaded.random_weights:
-        # Random weights may emit the end token at any time: all passes shall do the same work.
-        chosen |= {"min_new_tokens": options["max_new_tokens"], "do_sample": False}
-    return chosen
 
 
 def main() -> None:

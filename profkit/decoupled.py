@@ -18,9 +18,10 @@ from torch import nn
 from profkit import stats, tables
 from profkit.anatomy import Anatomy
 from profkit.capture import profile
-from profkit.environment import device_of
+from profkit.environment import device_of, synchronize
 from profkit.plan import methods
 from profkit.probes import sequences
+from profkit.run import Run
 from profkit.verdicts import Verdict, known, within
 from profkit.wrapping import Wrappers
 
@@ -98,19 +99,18 @@ def _compared(
             with _text_generate(model):
                 begin = perf_counter_ns()
                 half()
-                if device.type != "cpu":
-                    torch.accelerator.synchronize(device)
+                synchronize(device)
                 times[name] = (perf_counter_ns() - begin) / tables.MS
 
         def whole(times: dict[str, float] = times) -> None:
             with profile(model, granularity="stage", anatomy=anatomy) as run:
                 model.generate(**kwargs)  # type: ignore[operator]
-            times |= {f"whole {name}": value for name, value in run.stages()["host_ms"].items()}
+            times |= _by_stage("whole", run)
 
         def half(times: dict[str, float] = times) -> None:
             with _text_generate(model), profile(model, granularity="stage", anatomy=anatomy) as run:
                 split.generate()
-            times |= {f"half {name}": value for name, value in run.stages()["host_ms"].items()}
+            times |= _by_stage("half", run)
 
         turns: list[Callable[[], None]] = [
             whole,
@@ -133,6 +133,13 @@ def _compared(
     said = f"{' + '.join(GENERATING)} against the same of generate() from {split.way}"
     yield _held("generating", generating, said)
     yield _held("the rest", rest, f"all but the encoding against the time of generate() from {split.way}, unprobed")
+
+
+def _by_stage(which: str, run: Run) -> dict[str, float]:
+    """Return each stage's ms; those of a device where there is one, as the host runs ahead of it."""
+    table = run.stages()
+    column = "device_ms" if table["device_ms"].notna().any() else "host_ms"
+    return {f"{which} {name}": value for name, value in table[column].fillna(0.0).items()}
 
 
 def _held(name: str, pairs: Sequence[tuple[float, float]], said: str, binding: bool = True) -> Verdict:

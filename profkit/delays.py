@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from time import perf_counter_ns
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,39 +16,50 @@ from torch import nn
 from profkit import stages, stats, tables
 from profkit.anatomy import Anatomy
 from profkit.capture import profile
+from profkit.environment import device_of
 from profkit.spans import Spans
+from profkit.stopwatches import Stopwatch, stopwatch_for
 from profkit.verdicts import Verdict, bounded, known, within
+from profkit.wrapping import Wrappers
 
 RECOVERED, RECOVERED_MS, LEAKED = 0.02, 0.05, 0.01
 """A delay is found if the scope's time tells it within this share, or this many ms; the last may leak elsewhere."""
-WAIT_MS, REPEATS = 300.0, 9
-"""The wait in one generate(), and pairs of runs with and without it. It is long, and made once: what runs after a wait
-finds caches cold and is slower for a while, which is no leak, and must be small against it."""
+WAIT_MS, DEVICE_WAIT_MS, REPEATS = 300.0, 50.0, 9
+"""The wait in one generate(), on the host or on a device, and pairs of runs with and without it. It is long, and made
+once: what runs after a wait finds caches cold and is slower for a while, which is no leak, and must be small
+against it."""
 
 
 @dataclass
 class Waits:
-    """What one delayed part did: how long it waited, in call number `at`, and how long its own work took in all."""
+    """What one delayed part did: when each of its calls began, was done, and was left; it waits in call number `at`."""
 
+    watch: Stopwatch
     at: int
-    calls: int = 0
-    waited_ns: int = 0
-    own_ns: int = 0
+    calls: list[tuple[Any, Any, Any]] = field(default_factory=list)
+
+    @property
+    def own_ns(self) -> int:
+        """How long its own work took, in all."""
+        return sum(self.watch.elapsed_ns(begin, done) for begin, done, _ in self.calls)
+
+    @property
+    def waited_ns(self) -> int:
+        """How long it waited, in all."""
+        return sum(self.watch.elapsed_ns(done, end) for _, done, end in self.calls)
 
     def around(self, inner: Callable[..., Any], wait_ns: int) -> Callable[..., Any]:
-        """Return a function that calls `inner` and, in one of its calls, waits busily behind it."""
+        """Return a function that calls `inner` and, in one of its calls, waits behind it."""
+        now = self.watch.now
 
         @functools.wraps(inner)
         def delayed(*args: Any, **kwargs: Any) -> Any:
-            begin = perf_counter_ns()
+            begin = now()
             output = inner(*args, **kwargs)
-            done = perf_counter_ns()
-            end = done + (wait_ns if self.calls == self.at else 0)
-            self.calls += 1
-            while (now := perf_counter_ns()) < end:
-                pass
-            self.own_ns += done - begin
-            self.waited_ns += now - done
+            done = now()
+            if len(self.calls) == self.at:
+                self.watch.wait(wait_ns)
+            self.calls.append((begin, done, now()))
             return output
 
         return delayed
@@ -69,21 +79,30 @@ def delays(
     model: nn.Module,
     kwargs: Mapping[str, Any],
     anatomy: Anatomy,
-    wait_ms: float = WAIT_MS,
+    wait_ms: float | None = None,
     repeats: int = REPEATS,
 ) -> Iterator[Verdict]:
     """Yield, for tower, projector, a decoder layer, head and a logits processor, how much of a delay was found there.
+
+    The host waits busily, a CUDA device runs a kernel that spins, and times are those of that clock: `wait_ms` is
+    WAIT_MS or DEVICE_WAIT_MS.
 
     Two verdicts each. What was found: the time attributed to the delayed scope, less what the scope's own work took
     (read inside it), against the time really waited. What leaked: the largest change of any other stage, against runs
     without the delay, in alternation; its median over `repeats`.
     """
+    watch = stopwatch_for(device_of(model))
+    if watch is None:
+        said = f"torch has no kernel of known length for {device_of(model).type}"
+        yield known("delay", float("nan"), "", f"nothing can be delayed: {said}")
+        return
+    wait_ns = round((wait_ms or (DEVICE_WAIT_MS if watch.on_device else WAIT_MS)) * tables.MS)
     for name, path in _targets(model, anatomy).items():
         calls = _calls(model, kwargs, anatomy, path)
         if not calls:
             yield known(f"delay: {name}", float("nan"), "", f"{path} did not run, so it cannot be delayed")
             continue
-        yield from _one(model, kwargs, anatomy, name, path, calls // 2, int(wait_ms * 1e6), repeats)
+        yield from _one(model, kwargs, anatomy, name, path, watch, calls // 2, wait_ns, repeats)
 
 
 def _targets(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
@@ -115,18 +134,21 @@ def _one(
     anatomy: Anatomy,
     name: str,
     path: str,
+    watch: Stopwatch,
     at: int,
     wait_ns: int,
     repeats: int,
 ) -> Iterator[Verdict]:
     found, waited, changes = [], [], []
+    clock: tables.Clock = "device" if watch.on_device else "host"
     for number in range(repeats):
-        waits = Waits(at)
+        waits = Waits(watch, at)
         pair: dict[bool, Spans] = {}
-        for late in (False, True) if number % 2 == 0 else (True, False):
-            with _delayed(model, kwargs, path, waits, wait_ns) if late else nullcontext(kwargs) as given:
-                pair[late] = _spans(model, given, anatomy)
-        change_ms = (tables.stage_ns(pair[True]) - tables.stage_ns(pair[False])) / tables.MS
+        for slow in (False, True) if number % 2 == 0 else (True, False):
+            with _delayed(model, kwargs, path, waits, wait_ns) if slow else nullcontext(kwargs) as given:
+                pair[slow] = _spans(model, given, anatomy)
+        late, plain = (tables.stage_ns(pair[which], clock=clock) for which in (True, False))
+        change_ms = (late - plain) / tables.MS
         mine = _stages_of(pair[True], path)
         found.append(_found_ms(pair[True], path, waits) if path else float(change_ms[stages.INDEX["select"]]))
         waited.append(waits.waited_ns / tables.MS)
@@ -154,9 +176,11 @@ def _spans(model: nn.Module, kwargs: Mapping[str, Any], anatomy: Anatomy) -> Spa
 
 
 def _found_ms(spans: Spans, path: str, waits: Waits) -> float:
-    """Return the time attributed to a scope beyond what its own work took."""
+    """Return the time attributed to a scope beyond what its own work took, on the waits' clock."""
     rows = np.array([scope.path == path for scope in spans.scopes])[spans.scope]
-    return (int(spans.total_ns[rows].sum()) - waits.own_ns) / tables.MS
+    times = spans.marks.device_ns if waits.watch.on_device else spans.marks.host_ns
+    total_ns = int((times[spans.end[rows]] - times[spans.begin[rows]]).sum())
+    return (total_ns - waits.own_ns) / tables.MS
 
 
 def _stages_of(spans: Spans, path: str) -> np.ndarray:
@@ -177,13 +201,10 @@ def _delayed(
         given = [*kwargs.get("logits_processor", []), _WaitingProcessor(waits, wait_ns)]
         yield {**kwargs, "logits_processor": transformers.LogitsProcessorList(given)}
         return
-    module = model.get_submodule(path)
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = waits.around(module.forward, wait_ns)
+    module, wrappers = model.get_submodule(path), Wrappers()
+    wrappers.put(module, "forward", waits.around(module.forward, wait_ns))
+    wrappers.active = True
     try:
         yield kwargs
     finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
+        wrappers.remove()

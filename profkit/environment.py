@@ -17,11 +17,23 @@ from typing import Any
 import torch
 from torch import nn
 
+SENSORS = (
+    ("temperature_c", "class/thermal/thermal_zone*/temp", 1e-3),
+    ("throttled", "devices/system/cpu/cpu*/thermal_throttle/core_throttle_count", 1),
+)
+"""What Linux tells of heat: name, files below /sys, unit."""
+
 
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of a model's first parameter, the CPU if it has none."""
     first = next(model.parameters(), None)
     return first.device if first is not None else torch.device("cpu")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a device; the CPU is always done."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -67,9 +79,13 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine() if device.type == "cpu" else str(device)
 
 
-def machine_now() -> dict[str, float]:
-    """Return what the machine has done so far: wall_s, own_s (of this process), and, on Linux, of all cores busy_s
-    and stolen_s (by the host of a virtual machine), and frequency_mhz."""
+def machine_now(device: torch.device | None = None) -> dict[str, float]:
+    """Return what the machine has done so far, each figure where the system tells it.
+
+    wall_s, own_s (of this process); on Linux, of all cores, busy_s and stolen_s (by the host of a virtual machine),
+    frequency_mhz, temperature_c (of the hottest sensor) and throttled (how often heat slowed cores down); of a CUDA
+    device, through NVML, device_mhz and device_c.
+    """
     found = {"wall_s": time.monotonic(), "own_s": time.process_time()}
     with suppress(OSError, ValueError, IndexError):
         user, nice, system, _, _, irq, softirq, steal, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
@@ -78,6 +94,15 @@ def machine_now() -> dict[str, float]:
     with suppress(OSError, ValueError, StatisticsError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         found["frequency_mhz"] = fmean(float(one.partition(":")[2]) for one in lines if one.startswith("cpu MHz"))
+    for name, where, unit in SENSORS:
+        with suppress(OSError, ValueError):
+            read = [int(path.read_text()) for path in Path("/sys").glob(where)]
+            if read:
+                found[name] = (sum(read) if name == "throttled" else max(read)) * unit
+    if device is not None and device.type == "cuda":
+        # Needs pynvml, and a driver that answers.
+        with suppress(Exception):
+            found |= {"device_mhz": torch.cuda.clock_rate(device), "device_c": torch.cuda.temperature(device)}
     return found
 
 

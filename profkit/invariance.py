@@ -10,7 +10,7 @@ from torch import nn
 
 from profkit.anatomy import Anatomy
 from profkit.capture import profile
-from profkit.environment import device_of, modules_of, preserved_random_state, random_state
+from profkit.environment import device_of, modules_of, preserved_random_state, random_state, synchronize
 from profkit.plan import GRANULARITIES
 from profkit.probes import sequences
 from profkit.verdicts import Verdict, bounded, known
@@ -75,5 +75,5 @@ def _device_bytes(model: nn.Module) -> int | None:
     device = device_of(model)
     if device.type == "cpu" or not hasattr(torch.accelerator, "memory_allocated"):
         return None
-    torch.accelerator.synchronize(device)
+    synchronize(device)
     return int(torch.accelerator.memory_allocated(device))

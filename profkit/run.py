@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from profkit import annotate, device_tables, stages, stats, tables, tensorboard
+from profkit import annotate, corrections, device_tables, stages, stats, tables, tensorboard
 from profkit.anatomy import Anatomy
 from profkit.errors import InputError, ProfkitError
 from profkit.ledger import Marks, Scope
@@ -155,6 +155,16 @@ class Run:
         table = table.reindex([name for name in stages.NAMES if name in table.index])
         table.loc["total"] = table.sum()
         return table.assign(ratio=table["profiled_ms"] / table["clean_ms"])
+
+    def corrected(self) -> pd.DataFrame:
+        """Return, per stage, host_ms, marks_ms (what the instrument's marks took of it) and corrected_ms without it.
+
+        What a mark costs was calibrated as the run was made. Raises InputError for a run made without.
+        """
+        known = (self.manifest.get("machine") or {}).get("mark_cost")
+        if known is None:
+            raise InputError("This run does not say what a mark costs: corrected times need profkit.trace().")
+        return corrections.corrected_table(self.representative, corrections.MarkCost(**known))
 
     def breakdown(self) -> pd.DataFrame:
         """Return stages() and spread() side by side, with the number of the classic stage (1 to 4)."""

@@ -17,6 +17,8 @@ from torch import nn
 from profkit import environment, samples, stages, tables
 from profkit.capture import call_dict
 from profkit.errors import InputError, MeasurementError, ProfkitError
+from profkit.passes import Plan as Passes
+from profkit.passes import Tracing
 from profkit.plan import Granularity
 from profkit.ranks import ALONE, Ranks
 from profkit.run import plain
@@ -24,8 +26,6 @@ from profkit.sample_lists import Item
 from profkit.sample_runs import SampleRun, drop_half_line, load_rows, merge, rows_file
 from profkit.sample_runs import write_manifest as write
 from profkit.spans import Spans
-from profkit.tracing import Plan as Passes
-from profkit.tracing import Tracing
 
 PARTS = "preprocess()."
 Progress = Callable[[int, int, int], None]

@@ -96,10 +96,26 @@ def _machine(machine: Mapping[str, Any]) -> Iterator[Verdict]:
         yield bounded("steadiness: stolen time", stolen, BACKGROUND, "", said)
     else:
         yield known("steadiness: background load", math.nan, "", "what other processes did cannot be read here")
-    clocks = before.get("frequency_mhz"), after.get("frequency_mhz")
-    if clocks[0] and clocks[1]:
-        change = clocks[1] / clocks[0] - 1
-        said = f"the processor's frequency went from {clocks[0]:.0f} to {clocks[1]:.0f} MHz"
-        yield bounded("steadiness: frequency", abs(change), CLOCK, "", said)
-    else:
-        yield known("steadiness: frequency", math.nan, "", "the processor's frequency cannot be read here")
+    yield _frequency("frequency", "the processor's", before.get("frequency_mhz"), after.get("frequency_mhz"))
+    if "device_mhz" in before:
+        yield _frequency("device's frequency", "the device's", before["device_mhz"], after.get("device_mhz"))
+    yield from _heat(before, after)
+
+
+def _frequency(name: str, whose: str, before_mhz: float | None, after_mhz: float | None) -> Verdict:
+    if not before_mhz or not after_mhz:
+        return known(f"steadiness: {name}", math.nan, "", f"{whose} frequency cannot be read here")
+    said = f"{whose} frequency went from {before_mhz:.0f} to {after_mhz:.0f} MHz"
+    return bounded(f"steadiness: {name}", abs(after_mhz / before_mhz - 1), CLOCK, "", said)
+
+
+def _heat(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Verdict]:
+    if "throttled" in before and "throttled" in after:
+        count = after["throttled"] - before["throttled"]
+        yield bounded("steadiness: throttling", count, 0, "times", "heat slowed a core down during the repeats")
+    for name, whose in (("temperature_c", "the hottest sensor"), ("device_c", "the device")):
+        if name in before and name in after:
+            said = f"{whose} went from {before[name]:.0f} to {after[name]:.0f} °C"
+            yield known(f"steadiness: temperature of {whose}", after[name], "°C", said)
+    if not {"throttled", "temperature_c", "device_c"} & set(before):
+        yield known("steadiness: heat", math.nan, "", "neither temperatures nor throttling can be read here")

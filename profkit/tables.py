@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from profkit.spans import NOBODY, Spans
 from profkit.stats import percentile
 
 MS = 1e6
+Clock = Literal["host", "device"]
 
 
 def stage_table(spans: Spans, segments: np.ndarray | None = None) -> pd.DataFrame:
@@ -41,11 +43,15 @@ def stage_table(spans: Spans, segments: np.ndarray | None = None) -> pd.DataFram
     return table[host_ns > 0]
 
 
-def stage_ns(spans: Spans, segments: np.ndarray | None = None) -> np.ndarray:
-    """Return host time by stage, one number for each of stages.STAGES; of the segments in a mask, if given."""
+def stage_ns(spans: Spans, segments: np.ndarray | None = None, clock: Clock = "host") -> np.ndarray:
+    """Return time by stage, one number for each of stages.STAGES; of the segments in a mask, if given.
+
+    On the device's clock segments that are not between two device events count nothing.
+    """
     rows = spans.stage >= 0 if segments is None else segments & (spans.stage >= 0)
     sums = np.zeros(len(stages.STAGES), dtype=np.int64)
-    np.add.at(sums, spans.stage[rows], spans.host_ns[rows])
+    times = spans.host_ns if clock == "host" else np.where(spans.device_ns == NO_TIME, 0, spans.device_ns)
+    np.add.at(sums, spans.stage[rows], times[rows])
     return sums
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,11 +18,16 @@ from profkit.run import Run, plain
 from profkit.verdicts import Verdict
 
 
-def report(run: Run) -> Iterator[Table | str]:
-    """Yield the parts of the terminal report: what ran, the table, latency, cost, checks."""
+def report(run: Run, corrected: bool = False) -> Iterator[Table | str]:
+    """Yield the parts of the terminal report: what ran, the table, latency, cost, checks.
+
+    `corrected` adds a column of times without what the instrument's marks cost.
+    """
     yield headline(run)
-    yield breakdown_table(run)
+    yield breakdown_table(run, corrected)
     yield repeats_line(run)
+    if corrected:
+        yield "[dim]corrected ms: ms less what marks cost, as calibrated on modules that do nothing.[/dim]"
     yield latency_line(run)
     yield from pace_lines(run)
     yield from cost_lines(run)
@@ -94,10 +98,16 @@ def headline(run: Run) -> str:
     )
 
 
-def breakdown_table(run: Run) -> Table:
-    """Return stages 1 to 4 with their sub-stages; times of a device where there are any."""
+def breakdown_table(run: Run, corrected: bool = False) -> Table:
+    """Return stages 1 to 4 with their sub-stages; times of a device where there are any, corrected ones if wanted."""
     breakdown, spread = run.breakdown(), run.spread()
-    clocks = ["host_ms", *(name for name in ("device_ms", "busy_ms") if breakdown[name].notna().any())]
+    if corrected:
+        breakdown["corrected_ms"] = run.corrected()["corrected_ms"]
+    clocks = [
+        "host_ms",
+        *["corrected_ms"] * corrected,
+        *(name for name in ("device_ms", "busy_ms") if breakdown[name].notna().any()),
+    ]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("stage")
     titles = ("ms" if name == "host_ms" else name.replace("_", " ") for name in clocks)
@@ -246,11 +256,11 @@ def _grouped(checks: Sequence[str]) -> str:
     return "; ".join(f"{group} ({', '.join(rest)})" if rest[0] else group for group, rest in groups.items())
 
 
-def as_dict(run: Run, path: Path | None = None) -> dict[str, Any]:
+def as_dict(run: Run) -> dict[str, Any]:
     """Return what the terminal report shows, as plain values; unknown numbers are null."""
     return plain(
         {
-            "path": str(path) if path else None,
+            "path": str(run.path) if run.path else None,
             "model": run.manifest.get("model") or run.manifest["model_class"],
             "device": run.manifest["device"],
             "dtype": run.manifest["dtype"],

@@ -26,6 +26,18 @@ def bounded(check: str, measured: float, allowed: float, unit: str, sentence: st
     return Verdict(check, ok, float(measured), float(allowed), unit, sentence)
 
 
+def at_most(check: str, over: float, interval: tuple[float, float], allowed: float, sentence: str) -> Verdict:
+    """Return the verdict on a share that must not exceed a bound, given its interval: open where that holds both."""
+    low, high = interval
+    if low != low:
+        return Verdict(check, None, over, allowed, "", f"{sentence}; fewer than three pairs leave it open")
+    said = f"{sentence}; 95 % interval {low:+.1%} to {high:+.1%}"
+    if low > allowed:
+        return Verdict(check, False, over, allowed, "", said)
+    noisy = "" if high <= allowed else ": too noisy to tell"
+    return Verdict(check, None if noisy else True, over, allowed, "", said + noisy)
+
+
 def within(check: str, off: float, interval: tuple[float, float], allowed: float, unit: str, sentence: str) -> Verdict:
     """Return the verdict on a deviation that must stay within ± a bound, given its interval.
 

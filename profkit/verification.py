@@ -14,6 +14,7 @@ from profkit.decoupled import decoupled
 from profkit.delays import delays
 from profkit.environment import preserved_random_state
 from profkit.invariance import invariance
+from profkit.overhead import overhead_by_stage
 from profkit.run import Run, plain
 from profkit.verdicts import Verdict
 
@@ -34,6 +35,8 @@ def verify(
     with preserved_random_state():
         progress("the same tokens, with and without probes")
         found += invariance(model, greedy, run.anatomy)
+        progress("what marks add to each stage")
+        found += overhead_by_stage(model, kwargs, run.anatomy, run.manifest["plan"]["granularity"], repeats)
         progress("media encoded alone")
         found += decoupled(model, greedy, run.anatomy, repeats)
         progress("known delays")

@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import functools
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from builders import small_llava, tiny_llava
+from simulated import Stream
 
 import profkit
-from profkit import attribution, checks, decoupled, delays, environment, invariance, kineto, ledger, probes, samples
+from profkit import (
+    attribution,
+    checks,
+    clock,
+    corrections,
+    decoupled,
+    delays,
+    environment,
+    invariance,
+    kineto,
+    ledger,
+    marking,
+    overhead,
+    probes,
+    samples,
+    stopwatches,
+)
+from profkit.anatomy import Calls
+from profkit.errors import InputError
 from profkit.steadiness import steadiness
 from profkit.verdicts import Verdict, bounded, known, within
 
@@ -148,6 +168,84 @@ def test_probes_that_cost_too_much(monkeypatch):
     assert by_name(checks.verdicts(run))["overhead"].ok is False
 
 
+def test_marks_that_cost_too_much_in_one_stage(llava, monkeypatch):
+    model, kwargs, anatomy = llava
+    assert list(overhead.overhead_by_stage(model, kwargs, anatomy, "stage")) == []
+    found = by_name(overhead.overhead_by_stage(model, kwargs, anatomy, "layer", repeats=5))
+    assert {"overhead: prefill", "overhead: decode"} <= set(found)
+    plain = probes.Instrument._plain_probe
+
+    def slow(self, bound, code, wrappers):
+        probe = plain(self, bound, code, wrappers)
+        if self.ledger.scopes.list[code].kind != "layer":
+            return probe
+
+        @functools.wraps(probe)
+        def late(*args, **kwargs):
+            time.sleep(0.002)
+            return probe(*args, **kwargs)
+
+        return late
+
+    monkeypatch.setattr(probes.Instrument, "_plain_probe", slow)
+    found = by_name(overhead.overhead_by_stage(model, kwargs, anatomy, "layer", repeats=5))
+    assert found["overhead: decode"].ok is False
+
+
+def test_the_calibrated_cost_is_that_of_a_mark(monkeypatch):
+    cost = marking.calibrated()
+    assert 0 < cost.inside_ns + cost.outside_ns < 100_000
+    mark, late_ns = ledger.Ledger.marker, 20_000
+
+    def slow(self, *args):
+        inner = mark(self, *args)
+
+        def marking(code):
+            end = time.perf_counter_ns() + late_ns
+            while time.perf_counter_ns() < end:
+                pass
+            return inner(code)
+
+        return marking
+
+    monkeypatch.setattr(ledger.Ledger, "marker", slow)
+    dear = marking.calibrated()
+    # A mark waits before it reads the clock: on entry that is outside of the call, on exit inside.
+    assert dear.inside_ns - cost.inside_ns == pytest.approx(late_ns, rel=0.2)
+    assert dear.outside_ns - cost.outside_ns == pytest.approx(late_ns, rel=0.2)
+
+
+def test_corrected_times_lack_what_marks_cost_wherever_they_stand():
+    run = traced(repeat=1)
+    cost = run.manifest["machine"]["mark_cost"]
+    spans = run.representative
+    taken = corrections.cost_ns(spans, corrections.MarkCost(10.0, 30.0))
+    assert set(taken) == {10.0, 20.0, 30.0}
+    # generate() is the outermost call: all of a call's two marks but those outside of its own.
+    assert taken.sum() == 40 * len(spans) - 30
+    table = run.corrected()
+    assert np.allclose(table["host_ms"] - table["marks_ms"], table["corrected_ms"])
+    each_ms = (cost["inside_ns"] + cost["outside_ns"]) / 1e6
+    assert table["marks_ms"].sum() == pytest.approx(each_ms * len(spans), rel=0.01)
+    assert by_name(checks.verdicts(run))["overhead: calibrated"].ok is None
+    del run.manifest["machine"]["mark_cost"]
+    with pytest.raises(InputError, match="does not say what a mark costs"):
+        run.corrected()
+
+
+def test_a_tower_that_rests_is_no_fault():
+    model, kwargs = small_llava()
+    model.image_tower = torch.nn.Identity()
+    run = profkit.trace(model, kwargs, repeat=1, profile=False)
+    parts = tuple(run.anatomy.parts)
+    tower = next(part for part in parts if part.role == "vision_tower")
+    resting = replace(tower, path="image_tower", calls=Calls())
+    run.anatomy = replace(run.anatomy, parts=(resting, *parts))
+    assert by_name(checks.verdicts(run))["capture: parts that ran"].ok is True
+    run.anatomy = replace(run.anatomy, parts=(resting, *(part for part in parts if part is not tower)))
+    assert by_name(checks.verdicts(run))["capture: parts that ran"].ok is False
+
+
 def test_a_tower_that_runs_twice():
     model, kwargs = small_llava()
     inner = model.model.get_image_features
@@ -168,14 +266,16 @@ def noise(count: int, spread: float = 0.005) -> np.ndarray:
 
 
 def test_steady_repeats_may_be_quoted():
-    quiet = {"busy_s": 0.0, "own_s": 0.0, "stolen_s": 0.0, "frequency_mhz": 3000.0}
+    quiet = {"busy_s": 0.0, "own_s": 0.0, "stolen_s": 0.0, "frequency_mhz": 3000.0, "throttled": 7}
+    quiet |= {"device_mhz": 1980.0}
     after = {"wall_s": 10.0, "busy_s": 10.2, "own_s": 10.0, "stolen_s": 0.1, "frequency_mhz": 2990.0}
+    after |= {"throttled": 7, "device_mhz": 1965.0}
     machine = {"cores": 2, "before": {"wall_s": 0.0, **quiet}, "after": after}
     found = by_name(steadiness(noise(20), machine))
     assert [one.check for one in found.values() if one.ok is not True] == []
-    machine["after"] |= {"busy_s": 15.0, "stolen_s": 4.0, "frequency_mhz": 2000.0}
+    machine["after"] |= {"busy_s": 15.0, "stolen_s": 4.0, "frequency_mhz": 2000.0, "throttled": 9, "device_mhz": 1200.0}
     found = by_name(steadiness(noise(20), machine))
-    for name in ("background load", "stolen time", "frequency"):
+    for name in ("background load", "stolen time", "frequency", "device's frequency", "throttling"):
         assert found[f"steadiness: {name}"].ok is False
 
 
@@ -193,6 +293,14 @@ def test_what_is_not_steady_is_said(values, name):
     assert found[f"steadiness: {name}"].ok is False
     if name == "median":
         assert "repeats would give ±2%" in found["steadiness: median"].sentence
+
+
+def test_temperatures_are_told_and_what_cannot_be_read_is_said():
+    found = by_name(steadiness(noise(5), {"before": {"temperature_c": 50.0}, "after": {"temperature_c": 71.0}}))
+    assert found["steadiness: temperature of the hottest sensor"].measured == 71
+    for name in ("frequency", "heat", "background load"):
+        one = by_name(steadiness(noise(5), {}))[f"steadiness: {name}"]
+        assert one.ok is None and "be read here" in one.sentence
 
 
 def test_few_repeats_leave_it_open():
@@ -283,6 +391,43 @@ def test_delays_are_found_where_they_are(llava):
     assert all(found[f"delay: {name}"].ok for name in ("vision", "projector", "decoder layer", "head"))
     assert environment.modules_of(model) == before
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.fixture
+def on_device(llava, monkeypatch):
+    """A model whose work is done by a simulated device, which the host runs ahead of."""
+    model, _, anatomy = llava
+    stream = Stream()
+    monkeypatch.setattr(clock.DeviceClock, "of", classmethod(lambda cls, device: stream.clock()))
+    watch = stopwatches.DeviceStopwatch(stream.event, stream.enqueue)
+    monkeypatch.setattr(delays, "stopwatch_for", lambda device: watch)
+    layers = [f"{anatomy.path('decoder_layers')}.{number}" for number in range(2)]
+    work_ns = dict.fromkeys(layers, 3_000_000) | {str(anatomy.path("vision_tower")): 20_000_000}
+    monkeypatch.setattr(decoupled, "synchronize", lambda device: stream.synchronize())
+    with stream.working_for(model, work_ns):
+        yield stream
+
+
+def test_delays_on_a_device_are_found_on_its_clock(llava, on_device):
+    found = by_name(delays.delays(*llava, repeats=3))
+    for name in ("vision", "projector", "decoder layer", "head", "select"):
+        assert found[f"delay: {name}"].ok, found[f"delay: {name}"]
+        assert "ms of 50." in found[f"delay: {name}"].sentence
+
+
+def test_the_truth_on_a_device_is_that_of_its_clock(llava, on_device):
+    found = by_name(decoupled.decoupled(*llava, repeats=3))
+    # Alone the host waits for the tower's 20 ms; inside generate() it does not, and only the device's clock has them.
+    for name, least_ms in (("encoding", 20), ("generating", 18)):
+        one = found[f"decoupled truth: {name}"]
+        assert abs(one.measured) < 0.3, one
+        assert float(one.sentence.split(": ")[1].split(" ms")[0]) >= least_ms
+
+
+def test_a_device_without_a_spin_kernel_is_said(llava, monkeypatch):
+    monkeypatch.setattr(delays, "stopwatch_for", lambda device: None)
+    (found,) = delays.delays(*llava)
+    assert found.ok is None and "no kernel of known length" in found.sentence
 
 
 def test_a_probe_that_does_not_mark_loses_the_delay(llava, monkeypatch):

@@ -76,6 +76,23 @@ def test_json_is_json_alone(tmp_path):
     assert found["stages"][0]["device_ms"] is None
 
 
+def test_tensorboard_is_written_if_asked_for(tmp_path, monkeypatch):
+    status, out, _ = invoke("trace", *QUICK, "--no-profile", "--tensorboard", "--json")
+    assert status == 0
+    (made,) = (Path(json.loads(out)["path"]) / "tensorboard").iterdir()
+    assert made.name.startswith("events.out.tfevents.")
+    monkeypatch.setattr("profkit.scalars.is_installed", lambda: False)
+    status, _, err = invoke("trace", *QUICK, "--no-profile", "--tensorboard")
+    assert status == 2 and "pip install 'profkit[tensorboard]'" in err
+
+
+def test_corrected_times_are_shown_beside_the_others(tmp_path):
+    status, out, _ = invoke("trace", *QUICK, "--no-profile", "--corrected")
+    assert status == 0
+    assert "corrected ms" in out and "less what marks cost" in out
+    assert "corrected ms" not in invoke("trace", *QUICK, "--no-profile")[1]
+
+
 def test_images_and_prompts_of_the_users_own(tmp_path):
     Image.new("RGBA", (50, 80), "red").save(tmp_path / "red.png")
     status, out, _ = invoke("trace", "--model", "tiny-llava", "red.png", "--prompt", "Which colour?", *QUICK, "--json")

@@ -14,7 +14,7 @@ from time import perf_counter_ns
 import torch
 
 import profkit
-from profkit import checks, models, samples, stats, tracing, verification
+from profkit import checks, models, passes, samples, stats, tracing, verification
 from profkit.text import figure
 
 MARKS = {True: "pass", False: "FAIL", None: "open"}
@@ -64,7 +64,7 @@ def main() -> None:
         loaded = models.load_model(name, device, weights="random" if name.endswith("7b") else "auto")
         sample = samples.sample_for(loaded.processor, loaded.model, [], None, options.tokens)
         given = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens, "do_sample": False}
-        kwargs = {**tracing.prepared(sample), **given}
+        kwargs = {**passes.prepared(sample), **given}
         run = tracing.trace(loaded.model, sample=sample, options=given, repeat=options.repeats, profile=False, seed=0)
         print(f"\n{name}: {by_hand(loaded, kwargs, run, options.repeats)}")
         for one in verification.verify(loaded.model, kwargs, run, options.repeats):

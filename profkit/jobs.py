@@ -1,0 +1,197 @@
+"""What the command line runs: a model by its name, its inputs, and the job that is done with both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from profkit.command import quiet_libraries
+from profkit.errors import InputError
+from profkit.options import new_directory, parse_parts, parse_size, parse_steps, parse_window
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from profkit.anatomy import Anatomy
+    from profkit.models import Loaded
+    from profkit.ranks import Ranks
+    from profkit.run import Run
+    from profkit.sample_lists import Item
+    from profkit.sample_runs import SampleRun
+    from profkit.samples import Sample
+    from profkit.verdicts import Verdict
+
+Options = dict[str, Any]
+"""The options of a command as click gives them; see command.model_options."""
+Report = Callable[[str], object]
+
+
+def measure(name: str, inputs: Sequence[str], out: Path | None, options: Options, progress: Report) -> Run:
+    """Trace a model and save the run."""
+    steps, budget_bytes = parse_steps(options["profile_steps"]), parse_size(options["trace_budget"])
+    if options["profile"] and min(steps) >= options["max_new_tokens"]:
+        raise InputError(
+            f"--profile-steps {options['profile_steps']}: {options['max_new_tokens']} new tokens take the steps 0 to "
+            f"{options['max_new_tokens'] - 1}; choose from those, or raise --max-new-tokens."
+        )
+    target = _target(name, out, options, progress)
+    from profkit import scalars
+
+    if options["tensorboard"]:
+        scalars.require()
+    loaded = _load(name, options, progress)
+    sample = _sample(loaded, inputs, options)
+    chosen = {key: options[key] for key in ("profile", "warmup", "repeat", "granularity", "seed")}
+    result = _traced(
+        name, loaded, sample, options, progress, profile_steps=steps, trace_budget_bytes=budget_bytes, **chosen
+    )
+    result.save(target, options["force"])
+    if options["tensorboard"]:
+        scalars.write_scalars(result, target / "tensorboard")
+    return result
+
+
+def verify(
+    name: str, inputs: Sequence[str], out: Path | None, options: Options, progress: Report
+) -> tuple[Run, list[Verdict]]:
+    """Trace a model, make the experiments, and return the run, saved, and every verdict."""
+    target = _target(name, out, options, progress)
+    from profkit import passes, verification
+
+    loaded = _load(name, options, progress)
+    sample = _sample(loaded, inputs, options)
+    given = passes.prepared(sample) if sample else loaded.generate_kwargs or {}
+    result = _traced(name, loaded, sample, options, progress, **{key: options[key] for key in ("repeat", "seed")})
+    kwargs = {**given, **_generate_options(loaded, options)}
+    found = verification.verify(loaded.model, kwargs, result, options["repeat"], progress)
+    result.save(target, options["force"])
+    return result, found
+
+
+def _target(name: str, out: Path | None, options: Options, progress: Report) -> Path:
+    """Return where the run goes, which is asked before anything is loaded."""
+    quiet_libraries()
+    progress("importing torch and transformers")
+    from profkit import run
+
+    target = out or new_directory(name)
+    run.check_target(target, options["force"])
+    return target
+
+
+def _traced(name: str, loaded: Loaded, sample: Sample | None, options: Options, progress: Report, **plan: Any) -> Run:
+    from profkit import tracing
+
+    about: dict[str, Any] = {"model": name, "weights": "random" if loaded.random_weights else "as loaded"}
+    about["model_load_ms"] = loaded.load_ms
+    if sample:
+        about |= {"inputs": sample.hashes(), "media_items": sample.media_items}
+    return tracing.trace(
+        loaded.model,
+        loaded.generate_kwargs,
+        sample=sample,
+        options=_generate_options(loaded, options),
+        manifest=about,
+        parts=parse_parts(options["part"]),
+        progress=progress,
+        **plan,
+    )
+
+
+def measure_samples(
+    name: str, items: Sequence[Item], target: Path, options: Options, here: Ranks, bar: Progress
+) -> SampleRun:
+    """Load the model and measure this rank's share of the samples, showing how far it is."""
+    from profkit import sampling
+
+    task = bar.add_task(f"loading {name}", total=len(here.share(items)), failed=0)
+    loaded = _load(name, options, lambda what: None)
+    if loaded.processor is None:
+        raise InputError(f"{name} comes without a processor, which --samples needs.")
+    shown = f"{name}, rank 0 of {here.world}" if here.world > 1 else name
+    plan = sampling.Plan(
+        options["max_new_tokens"],
+        options["prompt"],
+        _generate_options(loaded, options),
+        **{key: options[key] for key in ("warmup", "granularity", "seed", "fail_fast")},
+        resume=options["resume"] or here.restarted,
+        event_window_us=parse_window(options["event_window"]),
+        progress=lambda done, total, failed: bar.update(
+            task, description=shown, completed=done, total=total, failed=failed
+        ),
+    )
+    about = {"model": name, "weights": "random" if loaded.random_weights else "as loaded"}
+    manifest = sampling.describe(loaded.model, plan, {**about, "samples": str(options["listed"])})
+    return sampling.measure(loaded.model, loaded.processor, items, target, plan, manifest, here)
+
+
+def inspect(
+    name: str, inputs: Sequence[str], options: Options, progress: Report
+) -> tuple[Anatomy, Any, list[dict[str, Any]]]:
+    """Load the model and return its anatomy, the table of its parts and its capabilities."""
+    quiet_libraries()
+    progress("importing torch and transformers")
+    from profkit import capabilities, inspection
+
+    loaded = _load(name, options, progress)
+    kwargs = dict(loaded.generate_kwargs or {})
+    if inputs or hasattr(loaded.processor, "image_processor") or hasattr(loaded.processor, "media"):
+        kwargs = _sample_kwargs(_sample(loaded, inputs, {**options, "max_new_tokens": 4}))
+    progress("watching a short generate()")
+    found = inspection.inspect(loaded.model, parts=parse_parts(options["part"]), **kwargs)
+    abilities = []
+    if options["capabilities"] and kwargs:
+        progress("trying what the model can do")
+        abilities = [asdict(one) for one in capabilities.measure(loaded.model, found, kwargs)]
+    return found, inspection.part_table(loaded.model, found), abilities
+
+
+def _load(name: str, options: Options, progress: Report) -> Loaded:
+    from profkit import models
+
+    device = models.choose_device(options["device"])
+    dtype = models.DTYPES.get(options["dtype"])
+    progress(f"loading {name}")
+    return models.load_model(name, device, dtype, options["weights"], options["trust_remote_code"])
+
+
+def _sample(loaded: Loaded, inputs: Sequence[str], options: Options) -> Sample | None:
+    from profkit import samples
+
+    if loaded.generate_kwargs is not None:
+        if inputs or options["prompt"] is not None:
+            raise InputError(f"{loaded.name} brings its own generate_kwargs: leave INPUTS and --prompt out.")
+        return None
+    if loaded.processor is None:
+        raise InputError(
+            f"{loaded.name} comes without a processor or tokenizer, so no inputs can be made for it: save its "
+            "processor beside it, or give package.module:function, which returns (model, generate_kwargs). "
+            f"(transformers said: {loaded.why_no_processor})"
+        )
+    files = [Path(one) for one in inputs]
+    window = parse_window(options["event_window"])
+    return samples.sample_for(
+        loaded.processor,
+        loaded.model,
+        files,
+        options["prompt"],
+        options["max_new_tokens"],
+        event_window_us=window,
+    )
+
+
+def _generate_options(loaded: Loaded, options: Options) -> dict[str, Any]:
+    """Return what is added to generate()'s arguments; those of the user's own function stay as they are."""
+    if loaded.generate_kwargs is not None:
+        return {}
+    chosen: dict[str, Any] = {"max_new_tokens": options["max_new_tokens"]}
+    if loaded.random_weights:
+        # Random weights may emit the end token at any time: all passes shall do the same work.
+        chosen |= {"min_new_tokens": options["max_new_tokens"], "do_sample": False}
+    return chosen
+
+
+def _sample_kwargs(sample: Sample | None) -> dict[str, Any]:
+    return dict(sample.transfer(sample.preprocess(sample.load()))) if sample else {}
