@@ -14,7 +14,7 @@ from torch import nn
 from profkit import audit, environment, inspection, structure
 from profkit.anatomy import Anatomy, Calls
 from profkit.clock import DeviceClock
-from profkit.environment import device_of
+from profkit.environment import devices_of
 from profkit.ledger import Ledger, Marks, Scopes
 from profkit.plan import Granularity
 from profkit.probes import Call, Instrument
@@ -39,7 +39,7 @@ def profile(model: nn.Module, *, granularity: Granularity = "layer", anatomy: An
     scopes = Scopes()
     ledger = Ledger(scopes)
     result = Run(environment.describe(model), found, scopes.list, [])
-    clock = DeviceClock.of(device_of(model))
+    clock = DeviceClock.of(devices_of(model))
     instrument = Instrument(model, found, ledger, granularity, clock)
     try:
         with instrument, nullcontext() if anatomy else _finding_parts(model, instrument):

@@ -25,9 +25,26 @@ SENSORS = (
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of a model's first parameter, the CPU if it has none."""
-    first = next(model.parameters(), None)
-    return first.device if first is not None else torch.device("cpu")
+    """Return the device that a model runs on, the first of those that it is spread over."""
+    return devices_of(model)[0]
+
+
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """Return the devices that a model's modules run on, in their order, accelerators first; the CPU if it has none."""
+    found = [device for module in model.modules() if (device := runs_on(module)) is not None]
+    return sorted(dict.fromkeys(found), key=lambda device: device.type in ("cpu", "meta")) or [torch.device("cpu")]
+
+
+def runs_on(module: nn.Module) -> torch.device | None:
+    """Return the device on which a module runs: that of its own first parameter; None if it has none of its own.
+
+    Where accelerate brings weights from elsewhere (device_map), its hook tells.
+    """
+    planned = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if planned is not None:
+        return torch.device(planned)
+    first = next(module.parameters(recurse=False), None)
+    return first.device if first is not None else None
 
 
 def synchronize(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter_ns
 from typing import Any
 
@@ -33,8 +34,8 @@ class _Empty(nn.Module):
             child(None)
 
 
-def calibrated(clock: DeviceClock | None = None) -> MarkCost:
-    """Return what a call's two marks cost, in ns: medians of rounds with and without probes, in alternation.
+def calibrated(clock: DeviceClock | None = None, now: Callable[[], int] = perf_counter_ns) -> MarkCost:
+    """Return what a call's two marks cost, in ns of the clock `now`: medians of rounds with and without them, in turn.
 
     What the caches forget in a real model comes on top: it is the least that marks cost. `clock` adds device events.
     """
@@ -44,20 +45,21 @@ def calibrated(clock: DeviceClock | None = None) -> MarkCost:
     ]
     scopes, added, inside = Scopes(), [], []
     for number in range(WARM_UP + ROUNDS):
-        plain_ns = _timed(model)
-        ledger = Ledger(scopes)
+        plain_ns = _timed(model, now)
+        ledger = Ledger(scopes, now=now)
         with Instrument(model, Anatomy("Empty", ()), ledger, clock=clock, known=places):
-            probed_ns = _timed(model)
+            probed_ns = _timed(model, now)
         spans = Spans(ledger.marks(), scopes.list)
         if number >= WARM_UP:
-            added.append((probed_ns - plain_ns) / CHILDREN)
+            # generate() itself is marked, too.
+            added.append((probed_ns - plain_ns) / (CHILDREN + 1))
             inside.append(stats.median(spans.total_ns[spans.depth == 1]))
     # What an empty forward itself takes is inside too; it is some tens of ns.
     pair_ns, inside_ns = max(stats.median(added), 0.0), stats.median(inside)
     return MarkCost(min(inside_ns, pair_ns), max(pair_ns - inside_ns, 0.0))
 
 
-def _timed(model: Any) -> int:
-    begin = perf_counter_ns()
+def _timed(model: Any, now: Callable[[], int]) -> int:
+    begin = now()
     model.generate()
-    return perf_counter_ns() - begin
+    return now() - begin

@@ -98,7 +98,7 @@ class Tracing:
         self.anatomy = anatomy or structure.find(model, self.parts)
         self.parts_are_known = anatomy is not None
         self.device = device_of(model)
-        self.clock = DeviceClock.of(self.device)
+        self.clock = DeviceClock.of(environment.devices_of(model))
         self.scopes = Scopes([SAMPLE, *(Scope(f"{name}()", "input", name) for name in INPUT_STAGES)])
         self.random_state = random_state()
         self.tokens: dict[str, list[torch.Tensor | None]] = {"control": [], "clean": [], "profiled": []}

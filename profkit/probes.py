@@ -19,6 +19,7 @@ from torch.compiler import is_dynamo_compiling
 from profkit.anatomy import Anatomy
 from profkit.clock import DeviceClock
 from profkit.encodings import TOWERS, Encodings
+from profkit.environment import runs_on
 from profkit.errors import InputError
 from profkit.ledger import Ledger, Scope
 from profkit.plan import GRANULARITIES, Granularity, Place, places
@@ -91,8 +92,8 @@ class Instrument:
         self._model = model
         self._granularity = granularity
         self._clock = clock
-        marker = ledger.marker(clock.record if clock else None)
-        self._mark = wrap_marker(marker) if wrap_marker else marker
+        self._wrap_marker = wrap_marker or (lambda marker: marker)
+        self._markers: dict[torch.device | None, Marker] = {}
         self._on_iteration = on_iteration
         self._places = known
         self._passes = self._iterations = 0
@@ -136,13 +137,21 @@ class Instrument:
         make = {"decoder": self._decoder_probe, "generate": self._generate_probe, "prepare": self._prepare_probe}
         bound, code = getattr(module, name), self.ledger.scopes.number(scope)
         probe = self._tower_probe if scope.stage in TOWERS else make.get(scope.kind, self._plain_probe)
-        wrappers.put(module, name, probe(bound, code, wrappers))
+        wrappers.put(module, name, probe(bound, code, self._marker_of(module), wrappers))
+
+    def _marker_of(self, module: nn.Module) -> Marker:
+        """Return the marker whose events are recorded where a module runs."""
+        device = None
+        if self._clock and self._clock.is_spread:
+            device = next((found for one in module.modules() if (found := runs_on(one)) is not None), None)
+        if device not in self._markers:
+            record = self._clock.recorder(device) if self._clock else None
+            self._markers[device] = self._wrap_marker(self.ledger.marker(record))
+        return self._markers[device]
 
     # generate() inspects the signatures of methods that it calls: functools.wraps() keeps them.
 
-    def _plain_probe(self, bound: Method, code: int, wrappers: Wrappers) -> Method:
-        mark = self._mark
-
+    def _plain_probe(self, bound: Method, code: int, mark: Marker, wrappers: Wrappers) -> Method:
         @functools.wraps(bound)
         def probe(*args: Any, **kwargs: Any) -> Any:
             if not wrappers.active or is_dynamo_compiling():
@@ -155,9 +164,8 @@ class Instrument:
 
         return probe
 
-    def _tower_probe(self, bound: Method, code: int, wrappers: Wrappers) -> Method:
+    def _tower_probe(self, bound: Method, code: int, mark: Marker, wrappers: Wrappers) -> Method:
         """What a tower is given is kept, to be compared later."""
-        mark = self._mark
 
         @functools.wraps(bound)
         def probe(*args: Any, **kwargs: Any) -> Any:
@@ -172,9 +180,9 @@ class Instrument:
 
         return probe
 
-    def _prepare_probe(self, bound: Method, code: int, wrappers: Wrappers) -> Method:
+    def _prepare_probe(self, bound: Method, code: int, mark: Marker, wrappers: Wrappers) -> Method:
         """Input preparation begins an iteration."""
-        plain = self._plain_probe(bound, code, wrappers)
+        plain = self._plain_probe(bound, code, mark, wrappers)
 
         @functools.wraps(bound)
         def probe(*args: Any, **kwargs: Any) -> Any:
@@ -184,9 +192,8 @@ class Instrument:
 
         return probe
 
-    def _decoder_probe(self, bound: Method, code: int, wrappers: Wrappers) -> Method:
+    def _decoder_probe(self, bound: Method, code: int, mark: Marker, wrappers: Wrappers) -> Method:
         """A pass of the decoder stack is a step; how many tokens it is given is noted."""
-        mark = self._mark
 
         @functools.wraps(bound)
         def probe(*args: Any, **kwargs: Any) -> Any:
@@ -203,9 +210,8 @@ class Instrument:
 
         return probe
 
-    def _generate_probe(self, bound: Method, code: int, wrappers: Wrappers) -> Method:
+    def _generate_probe(self, bound: Method, code: int, mark: Marker, wrappers: Wrappers) -> Method:
         """A call of generate(): its prompt's length is noted, its sizes and tokens are kept."""
-        mark = self._mark
 
         @functools.wraps(bound)
         def probe(*args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from profkit.clock import Source, TorchSource
+
 CYCLES = 10_000_000
 """What a spin kernel is calibrated with: some ms."""
 
@@ -56,8 +58,8 @@ class DeviceStopwatch:
 
     on_device = True
 
-    def __init__(self, new_event: Callable[[], Any], spin: Callable[[int], None]) -> None:
-        self._new_event, self._spin = new_event, spin
+    def __init__(self, source: Source, spin: Callable[[int], None]) -> None:
+        self._source, self._spin = source, spin
         for _ in range(2):
             # The first launch loads the kernel.
             begin = self.now()
@@ -67,18 +69,18 @@ class DeviceStopwatch:
 
     def now(self) -> Any:
         """Record an event."""
-        event = self._new_event()
-        event.record()
+        event = self._source.new()
+        self._source.record(event)
         return event
 
     def wait(self, wait_ns: int) -> None:
         """Spin on the device."""
         self._spin(round(wait_ns / self._ns_per_cycle))
-        self.now().synchronize()
+        self._source.synchronize()
 
     def elapsed_ns(self, begin: Any, end: Any) -> int:
-        """Wait for the second event, and return the time between both."""
-        end.synchronize()
+        """Wait for the device, and return the time between two events."""
+        self._source.synchronize()
         return round(begin.elapsed_time(end) * 1e6)
 
 
@@ -88,8 +90,9 @@ def stopwatch_for(device: torch.device) -> Stopwatch | None:
         return HostStopwatch()
     if device.type == "cuda":
 
-        def new_event() -> torch.Event:
-            return torch.Event(device, enable_timing=True)
+        def spin(cycles: int) -> None:
+            with torch.cuda.device(device):
+                torch.cuda._sleep(cycles)
 
-        return DeviceStopwatch(new_event, torch.cuda._sleep)
+        return DeviceStopwatch(TorchSource(device), spin)
     return None

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter_ns
 
+import torch
 from torch import nn
 
 from profkit.clock import DeviceClock
@@ -21,9 +22,11 @@ from profkit.wrapping import Wrappers
 class Stream:
     """The queue of a device; `waits` counts how often the host waited for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cuda:0") -> None:
+        self.device = torch.device(device)
         self.free_ns = 0
         self.waits = 0
+        self.made = 0
 
     def enqueue(self, work_ns: int) -> None:
         """Give it work: it begins once the host has asked for it and all before it is done."""
@@ -35,13 +38,18 @@ class Stream:
         while perf_counter_ns() < self.free_ns:
             time.sleep(0.00005)
 
-    def event(self) -> Event:
-        """Return a new event."""
+    def new(self) -> Event:
+        """Make an event."""
+        self.made += 1
         return Event(self)
+
+    def record(self, event: Event) -> None:
+        """Give an event the time at which the stream gets here."""
+        event.time_ns = max(self.free_ns, perf_counter_ns())
 
     def clock(self) -> DeviceClock:
         """Return profkit's clock over this stream."""
-        return DeviceClock(self.event, self.synchronize)
+        return DeviceClock([self])
 
     @contextmanager
     def working_for(self, model: nn.Module, work_ns: dict[str, int]) -> Iterator[None]:
@@ -74,15 +82,10 @@ class Event:
         self.stream = stream
         self.time_ns = 0
 
-    def record(self) -> None:
-        """Take the time at which the stream gets here."""
-        self.time_ns = max(self.stream.free_ns, perf_counter_ns())
+    def query(self) -> bool:
+        """Tell whether the stream got here."""
+        return perf_counter_ns() >= self.time_ns
 
     def elapsed_time(self, end_event: Event) -> float:
         """Return the milliseconds to another."""
         return (end_event.time_ns - self.time_ns) / 1e6
-
-    def synchronize(self) -> None:
-        """Let the host wait until the stream got here."""
-        while perf_counter_ns() < self.time_ns:
-            time.sleep(0.00005)

@@ -15,9 +15,10 @@ FLOORS = {
     1: {"stages", "errors", "stats", "verdicts"},
     2: {
         *("ledger", "events", "anatomy", "trail", "wrapping", "clock", "environment", "processors"),
-        *("event_streams", "videos", "eventgpt", "page", "options", "encodings", "steadiness", "stopwatches"),
+        *("event_streams", "videos", "eventgpt", "page", "options", "encodings", "steadiness"),
     },
     3: {
+        "stopwatches",
         "cache",
         *("spans", "pieces", "nesting", "plan", "structure", "stacks", "language", "models", "samples", "validation"),
         *("sample_lists", "command", "ranks"),
