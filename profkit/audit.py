@@ -75,8 +75,9 @@ class _Call:
 def audit(spans: Spans, encodings: Encodings) -> Audit:
     """Compare the inputs of all calls of towers in a pass.
 
-    Reported is a call outside any generate() whose input a generate() encodes too, and inputs that one generate()
-    encodes more often than they are among its arguments. Several generate()s of one input are what repeats are.
+    Reported is a call outside any generate() whose input a generate() encodes too, or which was encoded outside before
+    and more often than there are generate()s to use it; and inputs that one generate() encodes more often than they
+    are among its arguments. Several generate()s of one input are what repeats are.
     Compares values, on the host, where there is more than one call of a tower to an input: not for hot paths.
     """
     return _Audit(spans, encodings).result()
@@ -147,13 +148,17 @@ class _Audit:
         return most
 
     def _outside(self, calls: Sequence[_Call]) -> Iterator[Repeat]:
-        """Yield what was encoded outside generate() and inside as well."""
+        """Yield what was encoded outside generate() and inside as well, or outside more often than can be of use."""
         inside = [one for one in calls if one.generate != NOBODY]
+        uses, before = max(len(np.unique(self.loop[self.loop != NOBODY])), 1), list[_Call]()
         for call in calls:
             if call.generate != NOBODY:
                 continue
+            same = [other for other in before if other.tower == call.tower and set(other.contents) & set(call.contents)]
+            before.append(call)
+            others = [*inside, *(same if len(same) >= uses else [])]
             shared = [
-                (set(call.contents) & set(other.contents), other) for other in inside if other.tower == call.tower
+                (set(call.contents) & set(other.contents), other) for other in others if other.tower == call.tower
             ]
             items, other = max(shared, key=lambda one: len(one[0]), default=(set(), call))
             if items:

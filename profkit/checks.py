@@ -29,6 +29,13 @@ def verdicts(run: Run) -> list[Verdict]:
     return [*every, *_capture(run), *_encoded(run)]
 
 
+def complete(run: Run) -> list[Verdict]:
+    """Return what the run's data tell now, and of what was kept in it the experiments, which need the model."""
+    found = verdicts(run)
+    known_again = {one.check for one in found}
+    return [*found, *(one for one in kept_verdicts(run) if one.check not in known_again)]
+
+
 def kept_verdicts(run: Run) -> list[Verdict]:
     """Return the verdicts of a run, as they were when it was made if it kept them."""
     kept = run.manifest.get("checks", {}).get("verdicts")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -18,9 +19,13 @@ from profkit.errors import InputError, InterruptedRunError, MeasurementError
 from profkit.options import new_directory, rank_here
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from profkit.run import Run
+    from profkit.verdicts import Verdict
 
 DEFAULT_MODEL = "tiny-llava"
+OF_ONE_SAMPLE = ("repeat", "profile", "profile_steps", "trace_budget", "corrected")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -37,6 +42,7 @@ for command in (cli_reading.analyze, cli_reading.compare, cli_reading.report, cl
 @click.argument("arguments", nargs=-1, metavar="[MODEL] [INPUTS]...")
 @model_options
 @click.option("--max-new-tokens", type=click.IntRange(1), default=32)
+@click.option("--min-new-tokens", type=click.IntRange(1), help="Go on at least so long, past an end token: equal work.")
 @click.option("--warmup", type=click.IntRange(0), default=1, help="Passes before measuring.")
 @click.option("--repeat", type=click.IntRange(1), default=5, help="Clean passes, each beside a control.")
 @click.option("--granularity", type=click.Choice(["stage", "layer", "module"]), default="layer")
@@ -58,6 +64,12 @@ for command in (cli_reading.analyze, cli_reading.compare, cli_reading.report, cl
     metavar="LIST",
     help="Many samples: a directory of files, .jsonl, .json or .parquet with image, video or events, prompt and id.",
 )
+@click.option(
+    "--media-root",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="DIR",
+    help="Where the files are that --samples names.  [default: the list's own directory]",
+)
 @click.option("--limit", type=click.IntRange(1), help="Of --samples, the first so many.")
 @click.option("--resume", is_flag=True, help="Go on with the samples of --out that have no good row yet.")
 @click.option("--fail-fast", is_flag=True, help="Stop at the first sample that cannot be measured.")
@@ -75,6 +87,10 @@ def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_js
     if options["listed"]:
         if inputs:
             raise InputError("--samples names the inputs: leave INPUTS out.")
+        context = click.get_current_context()
+        for option in OF_ONE_SAMPLE:
+            if context.get_parameter_source(option) is ParameterSource.COMMANDLINE:
+                raise InputError(f"--{option.replace('_', '-')} is for a single sample: leave it out with --samples.")
         _trace_samples(name, out, as_json, options)
         return
     if rank_here() is not None:
@@ -85,25 +101,33 @@ def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_js
         click.echo(json.dumps(text.as_dict(run), indent=1, allow_nan=False))
     else:
         _print_report(run, options["corrected"])
-    if options["strict"] and (failed := checks.failed(run)):
+    if options["strict"]:
+        _be_strict(checks.failed(run))
+
+
+def _be_strict(failed: Sequence[Verdict]) -> None:
+    if failed:
         named = "; ".join(f"{one.check} ({text.figure(one)})" for one in failed)
         raise MeasurementError(f"The run is saved, but these checks failed: {named}.")
 
 
 def _trace_samples(name: str, out: Path | None, as_json: bool, options: dict[str, Any]) -> None:
     """Measure a list of samples and print what they took, typically; under torchrun each rank measures its share."""
-    from profkit import sample_lists, sample_runs, sample_text
+    from profkit import sample_checks, sample_lists, sample_runs, sample_text
 
-    items = sample_lists.read_items(options["listed"])[: options["limit"]]
+    jobs.check_length(options)
+    items = sample_lists.read_items(options["listed"], options["media_root"])[: options["limit"]]
     if options["resume"] and out is None:
         raise InputError("--resume needs --out: the run to go on with.")
+    if options["resume"] and options["force"]:
+        raise InputError("--resume goes on with a run, --force replaces it: give one of them.")
     quiet_libraries()
     from profkit import ranks, scalars
 
     if options["tensorboard"]:
         scalars.require()
     with ranks.joined() as here:
-        target = here.first(lambda: out or new_directory(name))
+        target = here.first(lambda: sample_runs.target(out or new_directory(name), options["force"]))
         bar = Progress(*sample_text.COLUMNS, console=Console(stderr=True), disable=here.rank > 0)
         try:
             with bar:
@@ -123,11 +147,15 @@ def _trace_samples(name: str, out: Path | None, as_json: bool, options: dict[str
             scalars.write_scalars(run, target / "tensorboard")
     if as_json:
         click.echo(json.dumps(sample_text.as_dict(run), indent=1, allow_nan=False))
-        return
-    console = Console(highlight=False)
-    for part in sample_text.report(run):
-        console.print(part)
-    console.print(f"Wrote {escape(str(target))}", soft_wrap=True)
+    else:
+        console = Console(highlight=False)
+        for part in sample_text.report(run):
+            console.print(part)
+        console.print(f"Wrote {escape(str(target))}", soft_wrap=True)
+    if not len(run.good):
+        raise MeasurementError(f"None of the {len(run.rows)} samples could be measured.")
+    if options["strict"]:
+        _be_strict([one for one in sample_checks.verdicts(run) if one.ok is False])
 
 
 @cli.command(name="inspect", cls=Command, context_settings={"show_default": True})
@@ -169,20 +197,25 @@ def verify(arguments: tuple[str, ...], model: str | None, out: Path | None, as_j
 
     Example: profkit verify tiny-llava
     """
-    name, inputs = _named(arguments, model)
-    if model is None and not inputs and (Path(name) / "run.json").is_file():
-        from profkit import run as runs
+    from profkit import run as runs
+    from profkit import sample_checks, sample_runs, sample_text
 
-        result = runs.load(name)
-        found = checks.verdicts(result)
+    name, inputs = _named(arguments, model)
+    result: sample_runs.Saved
+    if model is None and not inputs and (Path(name) / "run.json").is_file():
+        result = sample_runs.load_any(name)
     else:
         with Console(stderr=True).status("starting") as status:
-            result, found = jobs.verify(name, inputs, out, options, status.update)
+            result = jobs.verify(name, inputs, out, options, status.update)
+    if isinstance(result, runs.Run):
+        headline, found = text.headline(result), checks.complete(result)
+    else:
+        headline, found = sample_text.headline(result), sample_checks.verdicts(result)
     if as_json:
         click.echo(json.dumps(text.verdicts_as_dict(found), indent=1, allow_nan=False))
     else:
         console = Console(highlight=False)
-        console.print(text.headline(result))
+        console.print(headline)
         console.print(text.verdict_table(found))
         if result.path:
             console.print(f"Run: {escape(str(result.path))}", soft_wrap=True)

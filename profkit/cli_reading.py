@@ -94,24 +94,29 @@ def compare(paths: tuple[Path, ...], conditions: tuple[str, ...], as_json: bool,
     """Show runs side by side: stages with intervals, ratios, equal work, and in what the runs are not alike.
 
     The others are compared with the first. Runs of one sample bring their repeats, runs of many samples their samples,
-    in pairs where they are the same. --fail-if makes it a gate: it fails where a stage is slower than allowed, beyond
-    the noise.
+    in pairs where they are the same. Figures that somebody published can be given as a .json file. --fail-if makes it a
+    gate: it fails where a stage is slower than allowed, beyond the noise.
 
     Example: profkit compare traces/before traces/after --fail-if 'prefill > 5%'
     """
-    from profkit import comparison, comparison_text, sample_runs
+    from profkit import comparison, comparison_text
 
     if len(paths) < 2:
         raise InputError("compare takes two runs or more.")
-    base, *others = (comparison.measured(sample_runs.load_any(path)) for path in paths)
+    base, *others = map(comparison.read, paths)
     if as_json:
         click.echo(json.dumps(comparison_text.as_dict(base, others), indent=1, allow_nan=False))
     else:
         console = Console(highlight=False)
         for part in comparison_text.report(base, others):
             console.print(part)
-    tables = [comparison.compare(base, other) for other in others]
-    failed = [said for table in tables for condition in conditions if (said := comparison.gate(condition, table))]
+    tables = {other.name: comparison.compare(base, other) for other in others}
+    failed = [
+        f"{name}: {said}" if len(others) > 1 else said
+        for name, table in tables.items()
+        for condition in conditions
+        if (said := comparison.gate(condition, table))
+    ]
     if failed:
         raise MeasurementError(f"{'; '.join(failed)}.")
 

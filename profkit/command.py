@@ -47,6 +47,7 @@ def model_options(command: Any) -> Any:
         click.option("--weights", type=click.Choice(["auto", "real", "random"]), default="auto", help="Of a preset."),
         click.option("--prompt", help="A question, or a whole prompt with the processor's image placeholders."),
         click.option("--event-window", metavar="MS-MS", help="Of event streams, the part to take, e.g. 0-50."),
+        click.option("--sensor", metavar="WxH", help="Of event streams, the sensor: events off it are an error."),
         click.option(
             "--part", multiple=True, metavar="ROLE=PATH", help="Name a part yourself, e.g. projector=model.merger."
         ),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import pandas as pd
 from profkit import run as runs
 from profkit import stages, stats, tables
 from profkit.errors import InputError
-from profkit.sample_runs import SampleRun, Saved
+from profkit.sample_runs import SampleRun, Saved, load_any
 
 WORK = {
     "new_tokens": "output length",
@@ -30,7 +32,7 @@ class Measured:
     """What a run measured, one row a sample or repeat: host time in ms by stage, and the work it was for.
 
     `work` has columns prompt_tokens, new_tokens, batch and media_items (images or frames; NaN where not known); `ids`
-    tell samples apart, None for repeats.
+    tell samples apart, None for repeats; `contents` are hashes of their files and prompts, "" where unknown.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Measured:
     times: pd.DataFrame
     work: pd.DataFrame
     ids: list[str] | None
+    contents: list[str] = field(default_factory=list)
 
     @property
     def failed(self) -> list[str]:
@@ -50,6 +53,39 @@ def measured(one: Saved) -> Measured:
     """Return what a run measured, whether of one sample or of many."""
     found = of_samples(one) if isinstance(one, SampleRun) else of_run(one)
     return replace(found, name=f"{found.name} ({one.path.name})") if one.path else found
+
+
+def read(path: Path) -> Measured:
+    """Return what a saved run measured, or the figures that a .json file tells of one: see of_figures().
+
+    Raises InputError if it is neither.
+    """
+    if not path.is_file():
+        return measured(load_any(path))
+    try:
+        return of_figures(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is neither a run's directory nor a file of figures ({type(error).__name__}: {error}): that has "
+            "name, stages_ms, unsplit_ms and new_tokens."
+        ) from error
+
+
+def of_figures(told: Mapping[str, Any]) -> Measured:
+    """Return published figures as one row: name, stages_ms (ms by stage), unsplit_ms (what nobody split), new_tokens.
+
+    What was not split counts as `other`; where decoding is not told apart, a token's time is that of everything inside
+    generate() by its tokens.
+    """
+    strange = sorted(set(told.get("stages_ms", {})) - set(stages.NAMES))
+    if strange:
+        raise InputError(
+            f"{told['name']}: there are no stages {', '.join(strange)}; they are {', '.join(stages.NAMES)}."
+        )
+    times = pd.DataFrame([{**told.get("stages_ms", {}), "other": float(told["unsplit_ms"])}], dtype=float)
+    work = pd.DataFrame([{"new_tokens": float(told["new_tokens"])}]).reindex(columns=list(WORK))
+    about = {"device_name": told.get("device"), "published": told.get("source", "")}
+    return Measured(str(told["name"]), about, _present(times), work, None)
 
 
 def of_run(run: runs.Run) -> Measured:
@@ -72,10 +108,14 @@ def of_run(run: runs.Run) -> Measured:
 
 
 def of_samples(run: SampleRun) -> Measured:
-    """Return the good samples of a run as rows."""
+    """Return the good samples of a run as rows. Raises InputError if there is none."""
+    if not len(run.good):
+        raise InputError(f"{run.path} holds no sample that was measured: there is nothing to compare.")
     work = run.good.reindex(columns=list(WORK)).reset_index(drop=True)
     times = run.by_stage.reset_index(drop=True)
-    return Measured(str(run.manifest.get("model")), run.manifest, times, work, run.good["id"].tolist())
+    contents = run.good.get("content", pd.Series("", index=run.good.index)).fillna("")
+    name = str(run.manifest.get("model"))
+    return Measured(name, run.manifest, times, work, run.good["id"].tolist(), contents.tolist())
 
 
 def _present(times: pd.DataFrame) -> pd.DataFrame:
@@ -106,7 +146,8 @@ def compare(base: Measured, other: Measured) -> pd.DataFrame:
 
 
 def _stage(name: str) -> Callable[[Measured], pd.Series]:
-    return lambda measured: measured.times[name]
+    # A stage that a sample has not (one new token needs no decode step) has no time, rather than none at all.
+    return lambda measured: measured.times[name].where(measured.times[name] > 0)
 
 
 def _encoding(measured: Measured) -> pd.Series:
@@ -121,26 +162,33 @@ def _encoding(measured: Measured) -> pd.Series:
 def _per(stage: str, work: str, less: int = 0) -> Callable[[Measured], pd.Series]:
     def value(measured: Measured) -> pd.Series:
         units = (measured.work[work] - less).astype(float)
-        return measured.times.get(stage, pd.Series(np.nan, index=units.index)) / units.where(units > 0)
+        times = measured.times.get(stage, pd.Series(np.nan, index=units.index))
+        return times.where(times > 0) / units.where(units > 0)
 
     return value
 
 
 def _aligned(base: Measured, other: Measured) -> tuple[Measured, Measured, bool]:
-    """Return both runs in the order of the samples they share, if they share any."""
+    """Return both runs in the order of the samples they share, if they share any: by id, and by content where known."""
     if base.ids is None or other.ids is None:
         return base, other, False
-    shared = [one for one in base.ids if one in set(other.ids)]
+    theirs, mine = (dict(zip(one.ids or [], one.contents, strict=False)) for one in (other, base))
+    shared = [one for one in base.ids if one in set(other.ids) and _agree(mine.get(one), theirs.get(one))]
     if not shared:
         return base, other, False
     return _rows_of(base, shared), _rows_of(other, shared), True
+
+
+def _agree(one: str | None, other: str | None) -> bool:
+    return one == other or not one or not other
 
 
 def _rows_of(measured: Measured, ids: list[str]) -> Measured:
     place = {one: number for number, one in enumerate(measured.ids or [])}
     rows = [place[one] for one in ids]
     times, work = (table.iloc[rows].reset_index(drop=True) for table in (measured.times, measured.work))
-    return Measured(measured.name, measured.about, times, work, ids)
+    contents = [measured.contents[row] for row in rows] if measured.contents else []
+    return replace(measured, times=times, work=work, ids=ids, contents=contents)
 
 
 def _row(one: pd.Series, two: pd.Series, paired: bool, rows: int) -> dict[str, Any]:
@@ -166,6 +214,8 @@ def _row(one: pd.Series, two: pd.Series, paired: bool, rows: int) -> dict[str, A
 def unlike(base: Measured, other: Measured) -> list[str]:
     """Return a sentence for each thing, other than the model, in which two runs are not alike."""
     found = []
+    if base.about.get("published") is not None or other.about.get("published") is not None:
+        found.append("published figures: what they were measured with is not known here")
     for key, said in (
         *(("device_name", "device"), ("dtype", "dtype"), ("attention", "attention kernel"), ("threads", "threads")),
         *(("weights", "weights"), ("platform", "platform")),
@@ -179,20 +229,33 @@ def unlike(base: Measured, other: Measured) -> list[str]:
     versions = base.about.get("versions") or {}, other.about.get("versions") or {}
     every = sorted(set(versions[0]) | set(versions[1]))
     found += [f"{name}: {a} and {b}" for name in every if (a := versions[0].get(name)) != (b := versions[1].get(name))]
-    for key, said in WORK.items():
-        one, two = (stats.median(measured.work[key].dropna().to_numpy(dtype=float)) for measured in (base, other))
-        if one != two and not np.isnan([one, two]).all():
-            found.append(f"{said}: {one:g} and {two:g} (medians)")
+    one, two, paired = _aligned(base, other)
+    found += _other_work(one.work, two.work, paired)
     plans = base.about.get("plan") or {}, other.about.get("plan") or {}
     found += [
         f"{key}: {a} and {b}"
         for key in ("warmup", "granularity")
         if (a := plans[0].get(key)) != (b := plans[1].get(key))
     ]
-    if base.ids is not None and other.ids is not None and set(base.ids) != set(other.ids):
-        shared = len(set(base.ids) & set(other.ids))
-        found.append(f"samples: {len(base.ids)} and {len(other.ids)}, {shared} of them the same")
+    if base.ids is not None and other.ids is not None:
+        named, shared = len(set(base.ids) & set(other.ids)), len(one.ids or []) if paired else 0
+        if named > shared:
+            found.append(f"contents: {named - shared} of {named} samples have one id and other files or prompts")
+        if set(base.ids) != set(other.ids):
+            found.append(f"samples: {len(base.ids)} and {len(other.ids)}, {named} ids in both")
     return found
+
+
+def _other_work(one: pd.DataFrame, two: pd.DataFrame, paired: bool) -> Iterator[str]:
+    """Yield in what two runs' work differs: sample by sample where they are the same, else in the median."""
+    for key, said in WORK.items():
+        a, b = one[key].astype(float), two[key].astype(float)
+        middle = [stats.median(values.dropna().to_numpy()) for values in (a, b)]
+        differ = int((a.fillna(-1) != b.fillna(-1)).sum()) if paired else 0
+        if middle[0] != middle[1] and not np.isnan(middle).all():
+            yield f"{said}: {middle[0]:g} and {middle[1]:g} (medians)"
+        elif differ and not np.isnan(middle).all():
+            yield f"{said}: other in {differ} of {len(a)} samples"
 
 
 @dataclass(frozen=True)
@@ -200,7 +263,8 @@ class Gap:
     """The difference of two runs' totals, in ms (medians), split: what output length makes, and what is left at equal
     length.
 
-    At equal length means: the longer run's decoding cut to the other's new tokens, at its own time a step.
+    At equal length means: the longer run's decoding cut to the other's new tokens, at its own time a step. Of figures
+    in which decoding was not split off, a step is generate()'s time by its tokens.
     """
 
     total_ms: float
@@ -229,16 +293,25 @@ class Gap:
 
 
 def gap(base: Measured, other: Measured) -> Gap:
-    """Return how far the totals of two runs differ, and how much of it is output length alone."""
+    """Return how far the totals of two runs differ, and how much of it is output length alone.
+
+    Of the samples that both measured, if there are any, as compare() does.
+    """
+    base, other, _ = _aligned(base, other)
     total = [stats.median(measured.times.sum(axis=1).to_numpy()) for measured in (base, other)]
     tokens = [stats.median(measured.work["new_tokens"].to_numpy(dtype=float)) for measured in (base, other)]
-    steps = [
-        stats.median(_per("decode", "new_tokens", less=1)(measured).dropna().to_numpy()) for measured in (base, other)
-    ]
+    steps = [stats.median(_step_ms(measured).dropna().to_numpy()) for measured in (base, other)]
     # The longer one's own time a step: what it would save by stopping where the other does.
     step = steps[1] if tokens[1] > tokens[0] else steps[0]
     made = (tokens[1] - tokens[0]) * step if tokens[0] != tokens[1] else 0.0
     return Gap(total[1] - total[0], made)
+
+
+def _step_ms(measured: Measured) -> pd.Series:
+    """Return the time of a decode step; where nobody split it off, that of generate() by its tokens."""
+    if "decode" in measured.times or "prefill" in measured.times:
+        return _per("decode", "new_tokens", less=1)(measured)
+    return measured.times.get("other", pd.Series(dtype=float)) / measured.work["new_tokens"]
 
 
 def gate(condition: str, table: pd.DataFrame) -> str:

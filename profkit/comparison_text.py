@@ -26,6 +26,9 @@ def report(base: Measured, others: Sequence[Measured]) -> Iterator[Table | str]:
         for said in unlike(base, other):
             yield f"[yellow]not alike: {escape(said)}[/yellow]"
     yield "[dim]medians of host time with 95 % bootstrap intervals; * marks what differs beyond chance[/dim]"
+    if base.ids is None:
+        said = "runs made one after the other: what the machine did meanwhile looks like a difference"
+        yield f"[dim]{said}; profkit.trace_together() measures in turn[/dim]"
 
 
 def _table(rows: pd.DataFrame) -> Table:

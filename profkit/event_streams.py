@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +17,10 @@ import numpy as np
 from profkit.errors import InputError
 
 FIELDS, SENSOR = ("x", "y", "t", "p"), ("height", "width")
-BLUE_OR_RED = np.array([[0, 0, 255, 255], [255, 0, 0, 255]], dtype=np.uint8).view(np.uint32).ravel()
+PIXEL = np.dtype("V3")
+BLUE_OR_RED = np.array([[0, 0, 255], [255, 0, 0]], dtype=np.uint8).view(PIXEL).ravel()
+LARGEST_SENSOR = 4096
+"""Pixels a side that no event camera reaches: an event beyond is a damaged one, and would take a canvas of its size."""
 EVENTGPT_FRAMES = 5
 EVENTGPT_LIMIT_US = 100_000
 """EventGPT refuses streams of this length and longer."""
@@ -49,7 +53,7 @@ def read_stream(path: Path, sensor: tuple[int, int] | None = None) -> EventStrea
     """Return the events of a file: .npz with arrays x, y, t, p, or the .npy that EventGPT's data come in.
 
     The latter holds a pickled dict; nothing but numpy arrays is unpickled. `sensor` is (height, width), if known; a
-    file may tell it by scalars of these names.
+    file may tell it by scalars of these names; without, events must lie within LARGEST_SENSOR.
     Raises InputError for a file that is missing or damaged, for no events, events out of order or off the sensor.
     """
     try:
@@ -58,8 +62,10 @@ def read_stream(path: Path, sensor: tuple[int, int] | None = None) -> EventStrea
         raise InputError(f"Cannot read the events {path}: {error.strerror or error}.") from error
     try:
         found = _from_npy(content) if content[:6] == b"\x93NUMPY" else _from_npz(content)
-    except (ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is no event stream (.npz or .npy with x, y, t, p): {error}.") from error
+    except (MemoryError, OverflowError) as error:
+        raise InputError(f"{path} is damaged: its header asks for more memory than there is.") from error
     if sensor is None and "height" in found:
         sensor = int(found["height"]), int(found["width"])
     return _checked(path, found, sensor)
@@ -120,11 +126,12 @@ def _checked(path: Path, found: Mapping[str, Any], sensor: tuple[int, int] | Non
     back = np.flatnonzero(np.diff(t) < 0)
     if len(back):
         raise InputError(f"The events {path} are out of order: event {back[0] + 1} is earlier than the one before it.")
-    height, width = sensor or (int(y.max()) + 1, int(x.max()) + 1)
+    height, width = sensor or (LARGEST_SENSOR, LARGEST_SENSOR)
     outside = np.flatnonzero((x < 0) | (y < 0) | (x >= width) | (y >= height))
     if len(outside):
         one = int(outside[0])
-        raise InputError(f"Event {one} of {path} is at x {x[one]}, y {y[one]}, off the sensor of {width} by {height}.")
+        of = f"off the sensor of {width} by {height}" if sensor else f"off any sensor (over {LARGEST_SENSOR} pixels)"
+        raise InputError(f"Event {one} of {path} is at x {x[one]}, y {y[one]}, {of}.")
     return EventStream(x, y, t, columns["p"] != 0)
 
 
@@ -152,10 +159,10 @@ def frame(stream: EventStream) -> np.ndarray:
     Later events cover earlier ones. As in EventGPT, the canvas ends with the last row and column that has an event.
     """
     height, width = int(stream.y.max()) + 1, int(stream.x.max()) + 1
-    # A pixel is one number of four bytes: an event is one write. Of several to one place, numpy leaves the last.
-    canvas = np.full(height * width, 0xFFFFFFFF, dtype=np.uint32)
-    canvas[stream.y * width + stream.x] = BLUE_OR_RED[stream.p.astype(np.uint8)]
-    return canvas.view(np.uint8).reshape(height, width, 4)[..., :3]
+    # A pixel is one item of three bytes: an event is one write. Of several to one place, numpy leaves the last.
+    canvas = np.full(height * width * 3, 255, dtype=np.uint8)
+    canvas.view(PIXEL)[stream.y * width + stream.x] = BLUE_OR_RED[stream.p.view(np.uint8)]
+    return canvas.reshape(height, width, 3)
 
 
 def frames(stream: EventStream, count: int = EVENTGPT_FRAMES) -> list[np.ndarray]:

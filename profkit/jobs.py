@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from profkit.command import quiet_libraries
 from profkit.errors import InputError
-from profkit.options import new_directory, parse_parts, parse_size, parse_steps, parse_window
+from profkit.options import new_directory, parse_parts, parse_sensor, parse_size, parse_steps, parse_window
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from profkit.run import Run
     from profkit.sample_lists import Item
     from profkit.sample_runs import SampleRun
-    from profkit.samples import Sample
-    from profkit.verdicts import Verdict
+    from profkit.samples import Reading, Sample
 
 Options = dict[str, Any]
 """The options of a command as click gives them; see command.model_options."""
@@ -31,6 +30,7 @@ Report = Callable[[str], object]
 def measure(name: str, inputs: Sequence[str], out: Path | None, options: Options, progress: Report) -> Run:
     """Trace a model and save the run."""
     steps, budget_bytes = parse_steps(options["profile_steps"]), parse_size(options["trace_budget"])
+    check_length(options)
     if options["profile"] and min(steps) >= options["max_new_tokens"]:
         raise InputError(
             f"--profile-steps {options['profile_steps']}: {options['max_new_tokens']} new tokens take the steps 0 to "
@@ -53,10 +53,15 @@ def measure(name: str, inputs: Sequence[str], out: Path | None, options: Options
     return result
 
 
-def verify(
-    name: str, inputs: Sequence[str], out: Path | None, options: Options, progress: Report
-) -> tuple[Run, list[Verdict]]:
-    """Trace a model, make the experiments, and return the run, saved, and every verdict."""
+def check_length(options: Options) -> None:
+    """Raise InputError if the least output is longer than the most."""
+    least, most = options.get("min_new_tokens"), options["max_new_tokens"]
+    if least is not None and least > most:
+        raise InputError(f"--min-new-tokens {least} is more than --max-new-tokens {most}.")
+
+
+def verify(name: str, inputs: Sequence[str], out: Path | None, options: Options, progress: Report) -> Run:
+    """Trace a model, make the experiments, and return the run, saved with every verdict."""
     target = _target(name, out, options, progress)
     from profkit import passes, verification
 
@@ -65,9 +70,9 @@ def verify(
     given = passes.prepared(sample) if sample else loaded.generate_kwargs or {}
     result = _traced(name, loaded, sample, options, progress, **{key: options[key] for key in ("repeat", "seed")})
     kwargs = {**given, **_generate_options(loaded, options)}
-    found = verification.verify(loaded.model, kwargs, result, options["repeat"], progress)
+    verification.verify(loaded.model, kwargs, result, options["repeat"], progress)
     result.save(target, options["force"])
-    return result, found
+    return result
 
 
 def _target(name: str, out: Path | None, options: Options, progress: Report) -> Path:
@@ -104,12 +109,14 @@ def measure_samples(
     name: str, items: Sequence[Item], target: Path, options: Options, here: Ranks, bar: Progress
 ) -> SampleRun:
     """Load the model and measure this rank's share of the samples, showing how far it is."""
-    from profkit import sampling
+    from profkit import sampling, structure
 
     task = bar.add_task(f"loading {name}", total=len(here.share(items)), failed=0)
     loaded = _load(name, options, lambda what: None)
     if loaded.processor is None:
         raise InputError(f"{name} comes without a processor, which --samples needs.")
+    parts = parse_parts(options["part"])
+    structure.find(loaded.model, parts)  # so that a wrong --part is no sample's error
     shown = f"{name}, rank 0 of {here.world}" if here.world > 1 else name
     plan = sampling.Plan(
         options["max_new_tokens"],
@@ -117,7 +124,8 @@ def measure_samples(
         _generate_options(loaded, options),
         **{key: options[key] for key in ("warmup", "granularity", "seed", "fail_fast")},
         resume=options["resume"] or here.restarted,
-        event_window_us=parse_window(options["event_window"]),
+        parts=parts,
+        reading=_reading(options),
         progress=lambda done, total, failed: bar.update(
             task, description=shown, completed=done, total=total, failed=failed
         ),
@@ -171,15 +179,20 @@ def _sample(loaded: Loaded, inputs: Sequence[str], options: Options) -> Sample |
             f"(transformers said: {loaded.why_no_processor})"
         )
     files = [Path(one) for one in inputs]
-    window = parse_window(options["event_window"])
     return samples.sample_for(
         loaded.processor,
         loaded.model,
         files,
         options["prompt"],
         options["max_new_tokens"],
-        event_window_us=window,
+        reading=_reading(options),
     )
+
+
+def _reading(options: Options) -> Reading:
+    from profkit.samples import Reading
+
+    return Reading(parse_window(options["event_window"]), parse_sensor(options["sensor"]))
 
 
 def _generate_options(loaded: Loaded, options: Options) -> dict[str, Any]:
@@ -190,6 +203,8 @@ def _generate_options(loaded: Loaded, options: Options) -> dict[str, Any]:
     if loaded.random_weights:
         # Random weights may emit the end token at any time: all passes shall do the same work.
         chosen |= {"min_new_tokens": options["max_new_tokens"], "do_sample": False}
+    if options.get("min_new_tokens") is not None:
+        chosen["min_new_tokens"] = options["min_new_tokens"]
     return chosen
 
 

@@ -218,7 +218,7 @@ def _from_function(spec: str, device: torch.device, dtype: torch.dtype | None) -
         model = model.to(device=device, dtype=dtype)
     if isinstance(second, Mapping):
         return Loaded(function_name, model, generate_kwargs=_on_device(second, device))
-    if not callable(second):
+    if not callable(second) and not hasattr(second, "media"):
         raise InputError(f"{spec} returned {_kind(second)} beside the model: want generate_kwargs or a processor.")
     return Loaded(function_name, model, second)
 

@@ -49,6 +49,16 @@ def parse_window(window: str | None) -> tuple[int, int] | None:
     return round(float(match[1]) * 1000), round(float(match[2]) * 1000)
 
 
+def parse_sensor(sensor: str | None) -> tuple[int, int] | None:
+    """Return (height, width) of a sensor such as "640x480" (width first). Raises InputError if it is none."""
+    if sensor is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+)\s*[xX×]\s*(\d+)\s*", sensor)
+    if match is None or not int(match[1]) or not int(match[2]):
+        raise InputError(f"--sensor {sensor!r} is no size in pixels such as 640x480.")
+    return int(match[2]), int(match[1])
+
+
 def parse_size(size: str) -> int:
     """Return the bytes in a size such as "50MB" (powers of ten). Raises InputError if it is none."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?)B?\s*", size)

@@ -117,9 +117,12 @@ def video_llava(config: transformers.VideoLlavaConfig, frames: int = 8) -> Frame
     return FramesProcessor(pixels, tokenizer, "videos", VIDEO_PROMPT, VIDEO_TOKEN, index, tokens, frames)
 
 
-def eventgpt(config: Any, tokenizer: Any = None, frames: int = 5) -> FramesProcessor:
-    """Return a processor for an EventGPT; without a tokenizer, for one with random weights."""
-    pixels = clip_image_processor(config.visual_tower["image_size"])
+def eventgpt(config: Any, tokenizer: Any = None, frames: int = 5, image_size: int | None = None) -> FramesProcessor:
+    """Return a processor for an EventGPT, the original's class as well; without a tokenizer, for random weights.
+
+    `image_size` is the tower's, in pixels; profkit's own configuration tells it.
+    """
+    pixels = clip_image_processor(image_size or config.visual_tower["image_size"])
     tokenizer = tokenizer or byte_tokenizer({"<pad>": config.pad_token_id or 0})
     return FramesProcessor(pixels, tokenizer, "events", EVENT_PROMPT, EVENT_TOKEN, -200, 1, frames)
 

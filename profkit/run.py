@@ -198,16 +198,21 @@ def load(path: str | os.PathLike[str]) -> Run:
         raise InputError(f"{folder / 'run.json'} is damaged: {error}.") from error
     if manifest.get("kind") == "samples":
         raise InputError(f"{folder} is a run over many samples: read it with profkit.sample_runs.SampleRun.load().")
-    if manifest.get("schema") != SCHEMA:
-        raise InputError(
-            f"{folder} has schema {manifest.get('schema')}, this profkit reads {SCHEMA}: use the profkit that wrote it."
-        )
+    check_schema(folder, manifest)
     try:
         return _read(folder, manifest)
     except ProfkitError:
         raise
     except Exception as error:
         raise InputError(f"The run in {folder} is damaged: {type(error).__name__}: {error}.") from error
+
+
+def check_schema(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise InputError for a run of another schema than this profkit's."""
+    if manifest.get("schema") != SCHEMA:
+        raise InputError(
+            f"{folder} has schema {manifest.get('schema')}, this profkit reads {SCHEMA}: use the profkit that wrote it."
+        )
 
 
 def check_target(path: Path, force: bool) -> None:

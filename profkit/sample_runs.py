@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class SampleRun:
             raise InputError(f"{folder / MANIFEST} is damaged: {error}.") from error
         if manifest.get("kind") != KIND:
             raise InputError(f"{folder} is a run of one sample, not of many.")
+        runs.check_schema(folder, manifest)
         rows = load_rows(folder)
         if not len(rows) and not partial:
             raise InputError(f"{folder} holds no sample that was measured.")
@@ -114,6 +116,15 @@ def load_any(path: str | os.PathLike[str]) -> Saved:
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is not a run directory: it has no readable {MANIFEST}.") from error
     return SampleRun.load(path) if many else runs.load(path)
+
+
+def target(path: Path, force: bool) -> Path:
+    """Return where a new run goes; with `force`, what a run left there is taken away. Raises InputError if there is
+    something else."""
+    if force and path.exists():
+        runs.check_target(path, force)
+        shutil.rmtree(path)
+    return path
 
 
 def rows_file(rank: int, world: int) -> str:

@@ -12,7 +12,9 @@ from rich.table import Table
 
 from profkit import stages
 from profkit.run import plain
+from profkit.sample_checks import verdicts
 from profkit.sample_runs import SampleRun
+from profkit.text import check_lines, verdicts_as_dict
 
 
 class Rate(ProgressColumn):
@@ -38,10 +40,7 @@ def report(run: SampleRun) -> Iterator[Table | str]:
     """Yield the parts of the report: what ran, the stages, latency, what failed."""
     about, good_rows = run.manifest, run.good
     good = len(good_rows)
-    what = f"{about.get('model_class')}, {about.get('dtype')} on {about.get('device')}"
-    name = escape(str(about.get("model")))
-    many = f" on {about['ranks']} ranks" if about.get("ranks", 1) > 1 else ""
-    yield f"[bold]{name}[/bold]: {escape(what)}; {good} samples measured{many}, {len(run.bad)} in error"
+    yield headline(run)
     if left := about.get("listed", 0) - len(run.rows):
         yield f"[yellow]{left} of the {about['listed']} samples have no row yet: --resume goes on with them[/yellow]"
     if good:
@@ -52,11 +51,21 @@ def report(run: SampleRun) -> Iterator[Table | str]:
         cached = run.good["cached"].map({True: "warm", False: "cold"}).fillna("unknown").value_counts()
         yield from _notes(good_rows)
         yield f"files before they were loaded: {', '.join(f'{count} {name}' for name, count in cached.items())}"
+    yield from check_lines(verdicts(run))
     for row in run.bad.head(MOST_ERRORS).to_dict(orient="records"):
         said = row["error"] if row["error"].startswith(row["id"]) else f"{row['id']}: {row['error']}"
         yield f"[yellow]{escape(said)}[/yellow]"
     if len(run.bad) > MOST_ERRORS:
         yield f"[yellow]… and {len(run.bad) - MOST_ERRORS} more in error[/yellow]"
+
+
+def headline(run: SampleRun) -> str:
+    """Return what was measured, in a line."""
+    about = run.manifest
+    what = f"{about.get('model_class')}, {about.get('dtype')} on {about.get('device')}"
+    many = f" on {about['ranks']} ranks" if about.get("ranks", 1) > 1 else ""
+    counts = f"{len(run.good)} samples measured{many}, {len(run.bad)} in error"
+    return f"[bold]{escape(str(about.get('model')))}[/bold]: {escape(what)}; {counts}"
 
 
 def _notes(good: pd.DataFrame) -> Iterator[str]:
@@ -104,6 +113,7 @@ def as_dict(run: SampleRun) -> dict[str, Any]:
             "stages": run.breakdown().reset_index().to_dict(orient="records") if len(run.good) else [],
             "parts": run.parts().reset_index().to_dict(orient="records") if len(run.good) else [],
             "latency": run.latency() if len(run.good) else {},
+            "checks": verdicts_as_dict(verdicts(run)),
             "samples": run.rows.to_dict(orient="records"),
         }
     )

@@ -15,18 +15,13 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 
-from profkit import event_streams
+from profkit import event_streams, media
 from profkit.environment import device_of
 from profkit.errors import InputError
 from profkit.processors import Part, measured
 
 DEFAULT_PROMPT = "What is shown in this {}?"
 FILES = {"images": "cat.jpg", "videos": "cat.mp4", "events": "cat_events.npz"}
-WORDS = {"images": "image", "videos": "video", "events": "event stream"}
-SUFFIXES = {
-    **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg"), "videos"),
-    **dict.fromkeys((".npz", ".npy"), "events"),
-}
 
 
 def default_file(media: str) -> Path:
@@ -44,6 +39,17 @@ def unmeasured(_: str) -> nullcontext[None]:
     return nullcontext()
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How an event stream is read: the part to take, counted from its first event, and the sensor, (height, width)."""
+
+    window_us: tuple[int, int] | None = None
+    sensor: tuple[int, int] | None = None
+
+
+PLAIN = Reading()
+
+
 @dataclass
 class Sample:
     """One prompt about some files, for a model with a processor; see the kinds below."""
@@ -53,8 +59,7 @@ class Sample:
     processor: Any
     model: nn.Module
     max_new_tokens: int
-    event_window_us: tuple[int, int] | None = None
-    """Of an event stream, the part to take, counted from its first event."""
+    reading: Reading = PLAIN
     notes: list[str] = field(default_factory=list)
     """What a reader of the figures must know of the inputs."""
 
@@ -81,6 +86,11 @@ class Sample:
             return [moved(one) for one in value] if isinstance(value, list) else value
 
         return {name: moved(value) for name, value in batch.items()}
+
+    @property
+    def content(self) -> str:
+        """What tells this sample's files and prompt from others': a hash of theirs."""
+        return hashlib.sha256("".join(self.hashes().values()).encode()).hexdigest()
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of each file, by its number and name, and of the prompt."""
@@ -150,11 +160,11 @@ class EventSample(Sample):
 
     def load(self) -> event_streams.EventStream:
         """Read the events, of which the window is taken; a stream longer than EventGPT admits has a note."""
-        found = event_streams.read_stream(self.paths[0])
-        if self.event_window_us is not None:
-            found = found.between(*self.event_window_us)
+        found = event_streams.read_stream(self.paths[0], self.reading.sensor)
+        if self.reading.window_us is not None:
+            found = found.between(*self.reading.window_us)
             if not len(found):
-                first, last = (one / 1e3 for one in self.event_window_us)
+                first, last = (one / 1e3 for one in self.reading.window_us)
                 raise InputError(f"There are no events between {first:g} and {last:g} ms in {self.paths[0]}.")
         limit_ms = event_streams.EVENTGPT_LIMIT_US // 1000
         if found.length_us >= event_streams.EVENTGPT_LIMIT_US and not self.notes:
@@ -187,33 +197,35 @@ def sample_for(
     prompt: str | None,
     max_new_tokens: int,
     check: bool = True,
-    event_window_us: tuple[int, int] | None = None,
+    reading: Reading = PLAIN,
+    given: str = "",
 ) -> Sample:
     """Return the sample of some files that suits a processor; without files, of what ships with profkit.
 
+    `given` says what the files are (images, videos, events); "" leaves it to their names.
+
     Raises InputError for files that the model cannot take and, with `check`, for those that cannot be read.
     """
-    media = getattr(processor, "media", "images" if hasattr(processor, "image_processor") else "")
-    if files and not media:
+    taken = getattr(processor, "media", "images" if hasattr(processor, "image_processor") else "")
+    if files and not taken:
         raise InputError(f"{type(model).__name__} takes text alone: leave INPUTS out.")
     for path in files:
-        given = SUFFIXES.get(path.suffix.lower(), "images")
-        if given != media:
-            raise InputError(f"{path} is not {_a(WORDS[media])}, which is what {type(model).__name__} takes here.")
-    if event_window_us is not None and media != "events":
-        raise InputError(f"--event-window is for event streams, and {type(model).__name__} takes none.")
-    if media in ("videos", "events") and len(files) > 1:
-        raise InputError(f"{type(model).__name__} takes one {WORDS[media]}, got {len(files)}.")
-    paths = list(files) or ([default_file(media)] if media else [])
-    question = DEFAULT_PROMPT.format(WORDS[media or "images"]) if prompt is None else prompt
-    sample = KINDS[media or "images"](paths, question, processor, model, max_new_tokens, event_window_us)
+        kind = given or media.KIND_OF_SUFFIX.get(path.suffix.lower(), "images")
+        if kind != taken:
+            wanted = f"{media.with_article(taken)}, which is what {type(model).__name__} takes here"
+            raise InputError(
+                f"{path} is {'given as ' + media.with_article(given) + ', ' if given else ''}not {wanted}."
+            )
+    if reading != PLAIN and taken != "events":
+        raise InputError(f"--event-window and --sensor are for event streams, and {type(model).__name__} takes none.")
+    if taken in ("videos", "events") and len(files) > 1:
+        raise InputError(f"{type(model).__name__} takes one {media.WORDS[taken]}, got {len(files)}.")
+    paths = list(files) or ([default_file(taken)] if taken else [])
+    question = DEFAULT_PROMPT.format(media.WORDS[taken or "images"]) if prompt is None else prompt
+    sample = KINDS[taken or "images"](paths, question, processor, model, max_new_tokens, reading)
     if check:
         sample.load()
     return sample
-
-
-def _a(word: str) -> str:
-    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
 def read_image(path: Path) -> Image.Image:

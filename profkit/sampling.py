@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,8 +14,10 @@ import numpy as np
 from torch import nn
 
 from profkit import environment, samples, stages, tables
+from profkit.anatomy import PartNames
 from profkit.capture import call_dict
 from profkit.errors import InputError, MeasurementError, ProfkitError
+from profkit.page_cache import are_cached
 from profkit.passes import Plan as Passes
 from profkit.passes import Tracing
 from profkit.plan import Granularity
@@ -42,7 +43,8 @@ class Plan:
     warmup: int = 1
     granularity: Granularity = "layer"
     seed: int | None = 0
-    event_window_us: tuple[int, int] | None = None
+    parts: PartNames | None = None
+    reading: samples.Reading = samples.PLAIN
     fail_fast: bool = False
     resume: bool = False
     progress: Progress = lambda done, total, failed: None
@@ -60,16 +62,15 @@ def measure(
     """Measure generate() once for each sample, and return the run; rows are in `out` as they come.
 
     A sample that cannot be read or generated from has a row with its error, and the next one follows, unless
-    `fail_fast`.
-    With `resume`, samples that `out` has a good row for are left out. Each sample's own files are read inside the
-    measurement; the first is also run `warmup` times before. Several ranks share the samples, each with a file of
-    its own; rank 0 puts them together once all are done.
+    `fail_fast`. With `resume`, samples that `out` has a good row for are left out. Each sample's own files are read
+    inside the measurement; the first is also run `warmup` times before. Several ranks share the samples, each with a
+    file of its own; rank 0 puts them together once all are done.
 
     Raises InputError for an `out` that cannot be used, MeasurementError if fail_fast stopped, LostRankError on rank 0
     if another rank ended early: the rows are there, and `resume` goes on with the samples that have none.
     """
     manifest = {**manifest, "listed": len(items), "ranks": ranks.world}
-    done = ranks.first(lambda: _opened(out, plan, manifest))
+    done = ranks.first(lambda: _opened(out, plan, manifest, {item.id for item in items}))
     waiting = ranks.share([item for item in items if item.id not in done])
     failed = 0
     out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +96,7 @@ def measure(
     return SampleRun.load(out, partial=shares is None)
 
 
-def _opened(out: Path, plan: Plan, manifest: dict[str, Any]) -> set[str]:
+def _opened(out: Path, plan: Plan, manifest: dict[str, Any], listed: set[str]) -> set[str]:
     """Make the directory, or take one to resume, and return the ids that have a good row."""
     if out.exists() and not plan.resume:
         raise InputError(f"{out} already exists: --resume goes on with it, or choose another --out.")
@@ -107,9 +108,14 @@ def _opened(out: Path, plan: Plan, manifest: dict[str, Any]) -> set[str]:
     changed = [key for key in ("model", "plan", "dtype", "device") if earlier.get(key) != plain(manifest).get(key)]
     if changed:
         raise InputError(f"{out} was measured with another {', '.join(changed)}: choose another --out.")
+    rows = load_rows(out)
+    if strange := sorted(set(rows["id"]) - listed):
+        raise InputError(
+            f"{out} holds {len(strange)} samples that are not in this list (the first: {strange[0]}): resume with the "
+            "list and the --limit it was made with, or choose another --out."
+        )
     merge(out, [])
     write(out, {**manifest, "complete": False})
-    rows = load_rows(out)
     return set(rows.loc[rows["error"] == "", "id"]) if len(rows) else set()
 
 
@@ -118,15 +124,18 @@ def _rows(model: nn.Module, processor: Any, items: Sequence[Item], plan: Plan) -
     tracing: Tracing | None = None
     for item in items:
         begin = time.perf_counter()
-        row: dict[str, Any] = {"error": item.error, "cached": _cached(item.files)}
+        row: dict[str, Any] = {"error": item.error}
         if not item.error:
             with _errors_in(row):
                 prompt = plan.prompt or item.prompt
                 sample = samples.sample_for(
-                    processor, model, item.files, prompt, plan.max_new_tokens, False, plan.event_window_us
+                    processor, model, item.files, prompt, plan.max_new_tokens, False, plan.reading, item.media
                 )
                 tracing = tracing or _warm(model, sample, plan)
+                # Asked when the sample's turn comes: the first one's files were read by the warm-up.
+                row["cached"] = are_cached(item.files)
                 row |= _measured(tracing, sample)
+                row["content"] = sample.content
         row["wall_ms"] = (time.perf_counter() - begin) * 1000
         yield row
 
@@ -138,12 +147,15 @@ def _errors_in(row: dict[str, Any]) -> Iterator[None]:
         yield
     except ProfkitError as error:
         row["error"] = str(error)
+    except Exception as error:
+        # What a library makes of a damaged file; --fail-fast stops at it.
+        row["error"] = f"Unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _warm(model: nn.Module, sample: samples.Sample, plan: Plan) -> Tracing:
     """Find the model's parts and run the first sample before it counts."""
     passes = Passes(warmup=0, repeat=1, granularity=plan.granularity, profile=False, seed=plan.seed)
-    tracing = Tracing(model, sample, plan.options, None, None, passes)
+    tracing = Tracing(model, sample, plan.options, None, plan.parts, passes)
     tracing.find_parts()
     for _ in range(plan.warmup):
         tracing.control()
@@ -163,6 +175,7 @@ def _measured(tracing: Tracing, sample: samples.Sample) -> dict[str, Any]:
         **_figures(spans, call_dict(tracing.calls[0])),
         "media_items": sample.media_items,
         "notes": [*tracing.faults, *tracing.notes, *(f"encoded twice: {one['sentence']}" for one in repeats)],
+        "faults": len(tracing.faults),
         "encoded_again_ms": sum(one["lost_ms"] for one in repeats),
     }
 
@@ -185,28 +198,10 @@ def _figures(spans: Spans, call: dict[str, int | None]) -> dict[str, Any]:
     }
 
 
-def _cached(files: Sequence[Path]) -> bool | None:
-    """Tell whether files lie in the page cache, which makes their load warm; None where the system does not say."""
-    if not files or not hasattr(os, "RWF_NOWAIT"):
-        return None
-    try:
-        return all(_in_page_cache(path) for path in files)
-    except OSError:
-        return None
-
-
-def _in_page_cache(path: Path) -> bool:
-    """Tell whether some places of a file can be read without waiting for the disk."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        places = range(0, max(size, 1), max(size // 8, 1))
-        try:
-            return all(os.preadv(file.fileno(), [bytearray(1)], place, os.RWF_NOWAIT) or not size for place in places)
-        except BlockingIOError:
-            return False
-
-
 def describe(model: nn.Module, plan: Plan, about: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest of a run over samples."""
-    told = {key: value for key, value in vars(plan).items() if key not in ("progress", "resume", "fail_fast")}
+    told = {
+        key: value for key, value in vars(plan).items() if key not in ("progress", "resume", "fail_fast", "reading")
+    }
+    told |= vars(plan.reading)
     return {**environment.describe(model), **about, "plan": told, "started_unix_ms": int(time.time() * 1000)}

@@ -31,7 +31,8 @@ def report(run: Run, corrected: bool = False) -> Iterator[Table | str]:
     yield latency_line(run)
     yield from pace_lines(run)
     yield from cost_lines(run)
-    yield from check_lines(run)
+    yield from check_lines(kept_verdicts(run))
+    yield from confessions(run)
 
 
 ACCESSOR = re.compile(r"get_\w+\(\)")
@@ -193,9 +194,8 @@ def cost_lines(run: Run) -> Iterator[str]:
         yield (f"dilation under torch.profiler, steps {_ranges(steps)}: ×{total:.2f} [dim]({each})[/dim]")
 
 
-def check_lines(run: Run) -> Iterator[str]:
-    """Yield what the checks found, what failed first, and what the instrument has to confess."""
-    found = kept_verdicts(run)
+def check_lines(found: Sequence[Verdict]) -> Iterator[str]:
+    """Yield what checks found, what failed first."""
     for one in found:
         if one.ok is False:
             yield f"[red]FAILED[/red] {escape(one.check)}: {escape(figure(one))}: {escape(one.sentence)}"
@@ -205,6 +205,10 @@ def check_lines(run: Run) -> Iterator[str]:
     for one in found:
         if one.ok is None and one.allowed == one.allowed:
             yield f"[yellow]open: {escape(one.check)}: {escape(figure(one))}: {escape(one.sentence)}[/yellow]"
+
+
+def confessions(run: Run) -> Iterator[str]:
+    """Yield what the instrument has to confess."""
     encoded = run.manifest.get("checks", {}).get("encoded") or {}
     if encoded.get("not_compared"):
         yield f"{encoded['not_compared']} calls of a tower could not be compared: their inputs were changed or let go"

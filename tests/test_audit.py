@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import tiny_llava
+from builders import small_llava, tiny_llava
 from click.testing import CliRunner
 
 import profkit
-from profkit import cli, encodings, models, samples, text
+from profkit import checks, cli, encodings, models, samples, text
 from profkit.sample_lists import Item
 from profkit.sampling import Plan, describe, measure
 
@@ -57,7 +57,9 @@ def test_the_original_mistake_is_caught(name):
     outside = spans.nearest(spans.is_kind("generate")) < 0
     lost_ns = spans.total_ns[outside & (spans.depth == 0)].sum()
     assert found["lost_ms"] == pytest.approx(lost_ns / 1e6)
-    assert any("encoded twice" in str(line) and "ms lost" in str(line) for line in text.check_lines(prof))
+    assert any(
+        "encoded twice" in str(line) and "ms lost" in str(line) for line in text.check_lines(checks.kept_verdicts(prof))
+    )
 
 
 def here() -> str:
@@ -200,3 +202,17 @@ def test_samples_say_what_was_encoded_twice(tmp_path: Path):
     run = measure(model, processor, items, tmp_path / "run", plan, describe(model, plan, {"model": "wasteful"}))
     assert (run.good["encoded_again_ms"] > 0).all()
     assert all("encoded twice" in notes[-1] for notes in run.good["notes"])
+
+
+@pytest.mark.parametrize(("outside", "uses", "needless"), [(1, 1, 0), (2, 1, 1), (4, 1, 3), (2, 2, 0), (3, 2, 1)])
+def test_a_tower_run_ahead_more_often_than_it_is_used(outside, uses, needless):
+    model, kwargs = small_llava()
+    pixels = kwargs.pop("pixel_values")
+    with profkit.profile(model) as prof:
+        for _ in range(outside):
+            features = model.base_model.get_image_features(pixel_values=pixels, return_dict=True)
+        for _ in range(uses):
+            model.generate(**kwargs, mm_encoder_outputs={"image": features})
+    repeats = prof.manifest["checks"]["encoded"]["repeats"]
+    assert sum(one["items"] for one in repeats) == needless * len(pixels)
+    assert all(one["proof"] == "same storage" and one["lost_ms"] > 0 for one in repeats)

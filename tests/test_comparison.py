@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,8 +15,10 @@ from click.testing import CliRunner
 
 import profkit
 from profkit import cli, comparison, sample_runs, stats
-from profkit.comparison import Measured, compare, gap, gate, unlike
+from profkit.comparison import Measured, compare, gap, gate, read, unlike
 from profkit.errors import InputError
+
+PUBLISHED = Path(__file__).parent.parent / "traces" / "published"
 
 
 def measured(name="a", ids=None, about=None, new_tokens=10, prompt_tokens=100, media=1, **stages_ms) -> Measured:
@@ -137,3 +142,56 @@ def test_the_command_on_saved_runs(tmp_path):
         result = CliRunner().invoke(cli.cli, ["compare", *wrong])
         assert result.exit_code == status and said in result.stderr
     assert comparison.measured(sample_runs.load_any(paths[0])).work["new_tokens"].tolist() == [5] * 4
+
+
+def test_published_figures_say_that_most_of_the_gap_is_output_length():
+    """FACTS: 976 ms for 45.5 tokens and 2451 ms for 102.4; of 2301 ms, (102.4 - 45.5) * 2451 / 102.4 = 1361.9 ms."""
+    event, video = (read(PUBLISHED / f"{name}.json") for name in ("eventgpt", "video-llava"))
+    found = gap(event, video)
+    assert (round(found.total_ms, 1), round(found.output_length_ms, 1)) == (2301.0, 1361.9)
+    assert "output length makes most of it" in found.sentence("EventGPT", "Video-LLaVA")
+    assert any("published" in said for said in unlike(event, video))
+
+
+def test_files_that_hold_no_figures(tmp_path):
+    (tmp_path / "a.json").write_text('{"name": "a"}')
+    with pytest.raises(InputError, match="neither a run's directory nor a file of figures"):
+        read(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"name": "a", "stages_ms": {"vison": 1}, "unsplit_ms": 2, "new_tokens": 3}')
+    with pytest.raises(InputError, match="there are no stages vison"):
+        read(tmp_path / "a.json")
+
+
+def with_samples(base: Measured, ids, contents, scale=1.0) -> Measured:
+    return replace(base, ids=list(ids), contents=list(contents), times=base.times * scale)
+
+
+def test_samples_of_one_name_and_other_content_are_no_pairs():
+    times = [100.0, 200.0, 300.0, 400.0]
+    base = with_samples(measured(decode=times), "abcd", ["1", "2", "3", "4"])
+    same = with_samples(measured(decode=times), "abcd", ["1", "2", "", "4"], 1.1)
+    assert compare(base, same).loc["decode", "ratio"] == pytest.approx(1.1) and unlike(base, same) == []
+    other = with_samples(measured(decode=times), "abcd", ["9", "2", "3", "4"])
+    assert unlike(base, other) == ["contents: 1 of 4 samples have one id and other files or prompts"]
+
+
+def test_the_sentence_is_of_the_samples_that_the_table_is_of():
+    base = with_samples(measured(decode=[100.0, 200.0, 300.0, 5000.0, 6000.0, 7000.0]), "abcxyz", [""] * 6)
+    other = with_samples(measured(decode=[100.0, 200.0, 300.0]), "abc", [""] * 3)
+    assert gap(base, other).total_ms == 0
+    assert unlike(base, other) == ["samples: 6 and 3, 3 ids in both"]
+
+
+def test_work_that_differs_sample_by_sample_is_seen_behind_equal_medians():
+    base = with_samples(measured(decode=[1.0] * 3), "abc", [""] * 3)
+    one, two = (replace(base, work=base.work.assign(prompt_tokens=tokens)) for tokens in ([5, 6, 7], [7, 6, 5]))
+    assert unlike(one, two) == ["prompt tokens: other in 2 of 3 samples"]
+
+
+def test_a_stage_that_some_samples_have_not_is_compared_where_it_is():
+    base = with_samples(measured(prefill=[5.0] * 4, decode=[10.0] * 4), "abcd", [""] * 4)
+    half = replace(base, times=pd.DataFrame({"prefill": [5.0] * 4, "decode": [12.0, 0.0, 12.0, 12.0]}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compare(base, half).loc["decode", "ratio"] == pytest.approx(1.2)
+        assert compare(half, base).loc["decode", "ratio"] == pytest.approx(1 / 1.2)

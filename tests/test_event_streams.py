@@ -55,7 +55,8 @@ def test_an_npy_file_runs_no_code(tmp_path, value):
         ({"t": np.array([0, 5, 3, *range(6, 13)])}, "out of order: event 2 is earlier"),
         ({"x": np.arange(3)}, "columns of different sizes"),
         ({"t": np.linspace(0, 1, 10)}, "must be whole numbers"),
-        ({"x": np.full(10, -1)}, "off the sensor"),
+        ({"x": np.full(10, -1)}, "x -1, y 0, off any sensor"),
+        ({"y": np.array([*range(9), 10**9])}, "Event 9 .* y 1000000000, off any sensor"),
     ],
 )
 def test_streams_that_cannot_be(tmp_path, changed, said):
@@ -123,12 +124,12 @@ def test_a_long_stream_is_noted_and_a_window_of_it_can_be_taken(tmp_path):
     part = cut(path, tmp_path / "part.npz", 0, 99_000)
     assert part.length_us < 100_000
     assert len(samples.EventSample([tmp_path / "part.npz"], "?", None, None, 1).load()) == len(part) == 4
-    windowed = samples.EventSample([path], "?", None, None, 1, options.parse_window("0-99"))
+    windowed = samples.EventSample([path], "?", None, None, 1, samples.Reading(options.parse_window("0-99")))
     assert len(windowed.load()) == 4 and windowed.notes == []
     with pytest.raises(InputError, match="no events between"):
         cut(path, tmp_path / "none.npz", 300_000, 400_000)
     with pytest.raises(InputError, match=r"no events between 300 and 400\.5 ms"):
-        samples.EventSample([path], "?", None, None, 1, options.parse_window("300 - 400.5")).load()
+        samples.EventSample([path], "?", None, None, 1, samples.Reading(options.parse_window("300 - 400.5"))).load()
     for wrong in ("50", "50-20", "a-b", "-5-10"):
         with pytest.raises(InputError, match="is no window in ms"):
             options.parse_window(wrong)
@@ -152,3 +153,15 @@ def test_the_stream_that_ships_is_one():
     assert len(found) > 50_000
     assert found.length_us < event_streams.EVENTGPT_LIMIT_US
     assert len(frames(found)) == 5
+
+
+def test_damaged_bytes_are_said_as_such(tmp_path):
+    random = np.random.default_rng(0)
+    columns = {name: random.integers(0, 100, 5000) for name in "xyp"}
+    np.savez_compressed(tmp_path / "a.npz", **columns, t=np.arange(5000))
+    whole = (tmp_path / "a.npz").read_bytes()
+    for start in range(100, len(whole) - 400, len(whole) // 12):
+        damaged = bytes(byte ^ 0xFF for byte in whole[start : start + 200])
+        (tmp_path / "b.npz").write_bytes(whole[:start] + damaged + whole[start + 200 :])
+        with pytest.raises(InputError, match=r"b\.npz is no event stream"):
+            read_stream(tmp_path / "b.npz")

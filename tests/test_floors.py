@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "profkit"
 
 FLOORS = {
-    1: {"stages", "errors", "stats", "verdicts"},
+    1: {"stages", "errors", "stats", "verdicts", "media", "page_cache"},
     2: {
         *("ledger", "events", "anatomy", "trail", "wrapping", "clock", "environment", "processors"),
         *("event_streams", "videos", "eventgpt", "page", "options", "encodings", "steadiness"),
@@ -29,9 +29,9 @@ FLOORS = {
     7: {"marking", "run", "inspection", "capabilities", "explanation"},
     8: {"analysis", "capture", "checks", "sample_runs", "trace_file"},
     9: {
+        "sample_checks",
         "text",
         "trace_text",
-        "sample_text",
         "passes",
         "comparison",
         "invariance",
@@ -41,7 +41,7 @@ FLOORS = {
         "scalars",
         "overhead",
     },
-    10: {"comparison_text", "sampling", "verification", "figures", "tracing"},
+    10: {"sample_text", "comparison_text", "sampling", "verification", "figures", "tracing"},
     11: {"report", "jobs"},
     12: {"cli_reading", "viewing"},
     13: {"cli_view"},

@@ -19,9 +19,11 @@ from PIL import Image
 import profkit
 from profkit import cli, samples
 from profkit.errors import InputError, MeasurementError
+from profkit.page_cache import are_cached
+from profkit.run import load
 from profkit.sample_lists import read_items
 from profkit.sample_runs import SampleRun
-from profkit.sampling import Plan, _cached, describe, measure
+from profkit.sampling import Plan, describe, measure
 
 OPTIONS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
 
@@ -60,11 +62,57 @@ def test_json_lines_with_everything_that_can_be_wrong(folder):
     )
     items = read_items(path)
     assert [item.id for item in items] == ["a", "line 2", "a (2)", "c", "d", "line 6", "e"]
-    assert items[0] == type(items[0])("a", (folder / "0.jpg",), "Why?")
+    assert items[0] == type(items[0])("a", (folder / "0.jpg",), "Why?", media="images")
     assert items[6].files == (folder / "1.jpg", folder / "2.jpg")
     said = ("", "line 2 is not JSON", "was given before", "line 4: there is no file", "names no file", "no object", "")
     for item, words in zip(items, said, strict=True):
         assert words in item.error and bool(words) == bool(item.error)
+
+
+def test_odd_values_are_the_error_of_their_line_alone(folder):
+    odd = [5, True, "a\u0000b", "x" * 5000, ["0.jpg", 3], {"bytes": "b", "path": "0.jpg"}]
+    rows = [{"id": n, "image": value} for n, value in enumerate(odd)]
+    path = write_list(
+        folder, [*rows, {"id": "both", "image": "0.jpg", "video": "a.mp4"}, {"id": "ok", "image": "1.jpg"}]
+    )
+    path.write_text("\ufeff" + path.read_text())
+    items = read_items(path)
+    assert [bool(item.error) for item in items] == [True] * 7 + [False]
+    said = (
+        "given as paths, got int",
+        "got bool",
+        "there is no file",
+        "there is no file",
+        "got str",
+        "got dict",
+        "several",
+    )
+    for item, words in zip(items, said, strict=False):
+        assert words in item.error
+
+
+def test_ids_made_up_for_duplicates_are_no_other_samples(folder):
+    for ids in (["ok (2)", "ok", "ok"], ["ok", "ok", "ok (2)"]):
+        items = read_items(write_list(folder, [{"id": one, "image": "0.jpg"} for one in ids]))
+        assert len({item.id for item in items}) == 3
+        assert {item.id for item in items if not item.error} == {"ok", "ok (2)"}
+
+
+def test_a_list_may_lie_elsewhere_than_its_files(folder, tmp_path_factory):
+    path = write_list(tmp_path_factory.mktemp("lists"), [{"id": "a", "image": "0.jpg"}])
+    assert "there is no file" in read_items(path)[0].error
+    assert read_items(path, folder)[0].error == ""
+    with pytest.raises(InputError, match="is an image, no list of samples"):
+        read_items(folder / "0.jpg")
+
+
+def test_what_the_list_says_of_a_file_counts_not_its_name(folder):
+    (folder / "blob").write_bytes((folder / "0.jpg").read_bytes())
+    loaded = tiny_llava()
+    item = read_items(write_list(folder, [{"image": "blob"}]))[0]
+    assert samples.sample_for(loaded.processor, loaded.model, item.files, None, 3, given=item.media).load()
+    with pytest.raises(InputError, match="blob is given as a video, not an image, which is what Llava"):
+        samples.sample_for(loaded.processor, loaded.model, item.files, None, 3, given="videos")
 
 
 def test_parquet_directories_and_conversations(folder):
@@ -116,9 +164,9 @@ def test_a_row_a_sample_and_errors_in_rows(folder):
     assert table["share"].sum() == pytest.approx(1)
     assert list(found.parts().index) == ["resize and normalise", "tokenise"]
     assert found.latency()["new_tokens"] == 3
-    assert SampleRun.load(folder / "run").rows.equals(found.rows)
+    assert profkit.load(folder / "run").rows.equals(found.rows)
     with pytest.raises(InputError, match="is a run over many samples"):
-        profkit.load(folder / "run")
+        load(folder / "run")
 
 
 def test_resuming_measures_what_has_no_good_row(folder):
@@ -134,6 +182,28 @@ def test_resuming_measures_what_has_no_good_row(folder):
         run(folder, items)
     with pytest.raises(InputError, match="was measured with another plan"):
         run(folder, items, resume=True, seed=5)
+
+
+def test_a_run_is_resumed_with_its_own_list(folder):
+    items = read_items(folder)
+    run(folder, items[:3])
+    with pytest.raises(InputError, match=r"holds 1 samples that are not in this list \(the first: 0.jpg\)"):
+        run(folder, items[1:], resume=True)
+    assert len(SampleRun.load(folder / "run").rows) == 3
+
+
+def test_whatever_a_file_makes_a_library_raise_is_its_row_alone(folder, monkeypatch):
+    inner = samples.read_image
+
+    def breaking(path):
+        if path.name == "1.jpg":
+            raise MemoryError("too large")
+        return inner(path)
+
+    monkeypatch.setattr(samples, "read_image", breaking)
+    found = run(folder, read_items(folder)[:3])
+    assert found.bad["error"].tolist() == ["Unexpected MemoryError: too large"]
+    assert found.good["id"].tolist() == ["0.jpg", "2.jpg"]
 
 
 def test_half_a_line_at_the_end_is_measured_again(folder):
@@ -175,12 +245,20 @@ def test_a_killed_run_loses_at_most_the_sample_in_flight(folder):
     assert len(SampleRun.load(out).good) == 66
 
 
-def test_the_page_cache_is_asked(tmp_path):
+def test_the_page_cache_is_asked_and_left_alone(tmp_path):
     path = tmp_path / "a"
-    path.write_bytes(bytes(100_000))
-    assert _cached([path]) in (True, None)
-    assert _cached([]) is None
-    assert _cached([tmp_path / "none"]) is None
+    path.write_bytes(bytes(2_000_000))
+    assert are_cached([path]) in (True, None)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    first, again = are_cached([path]), are_cached([path])
+    # A file system in memory keeps what it has.
+    assert first == again
+    assert are_cached([]) is None
+    assert are_cached([tmp_path / "none"]) is None
+    (tmp_path / "empty").touch()
+    assert are_cached([tmp_path / "empty"]) in (True, None)
 
 
 def test_the_command(folder):
@@ -197,6 +275,24 @@ def test_the_command(folder):
     found = json.loads(result.stdout)
     assert (found["measured"], found["in_error"]) == (2, 1)
     assert [row["id"] for row in found["samples"]] == ["a", "b", "c"]
-    for wrong, said in ((["--resume"], "--resume needs --out"), (["x.jpg"], "leave INPUTS out")):
+    wrong_ones = [(["--resume"], "--resume needs --out"), (["x.jpg"], "leave INPUTS out")]
+    wrong_ones += [(["--repeat", "3"], "--repeat is for a single sample"), (["--part", "projector=no"], "no module")]
+    wrong_ones += [(["--min-new-tokens", "9"], "is more than --max-new-tokens 2")]
+    for wrong, said in wrong_ones:
         result = CliRunner().invoke(cli.cli, [*arguments, *wrong])
         assert result.exit_code == 2 and said in result.stderr
+
+
+def test_a_run_that_fails_is_said_so(folder):
+    path = write_list(folder, [{"id": "a", "image": "0.jpg"}, {"id": "b", "image": "bad.jpg"}])
+    arguments = ["trace", "tiny-llava", "--samples", str(path), "--max-new-tokens", "2", "--out", str(folder / "run")]
+    result = CliRunner().invoke(cli.cli, [*arguments, "--strict"], env={"COLUMNS": "160"})
+    assert result.exit_code == 1 and "these checks failed: samples (1 in error (at most 0 in error))" in result.stderr
+    assert "FAILED samples" in result.stdout and "passed 3 checks: sums (stages)" in result.stdout
+    result = CliRunner().invoke(cli.cli, ["verify", str(folder / "run")], env={"COLUMNS": "160"})
+    assert result.exit_code == 1 and "1 of 5 checks failed: samples" in result.stderr
+    write_list(folder, [{"id": "b", "image": "bad.jpg"}])
+    result = CliRunner().invoke(cli.cli, arguments)
+    assert result.exit_code == 2 and "already exists" in result.stderr
+    result = CliRunner().invoke(cli.cli, [*arguments, "--force"])
+    assert result.exit_code == 1 and "None of the 1 samples could be measured" in result.stderr

@@ -61,3 +61,33 @@ def test_files_that_are_no_videos(tmp_path):
         container.mux(stream.encode())
     with pytest.raises(InputError, match="has no video stream"):
         videos.read_frames(tmp_path / "sound.mp4", 8)
+
+
+def test_a_video_that_changes_its_size(tmp_path):
+    def part(size: int) -> bytes:
+        path = tmp_path / f"{size}.mpg"
+        with av.open(str(path), "w", format="mpeg2video") as container:
+            stream = container.add_stream("mpeg2video", rate=25)
+            stream.width = stream.height = size
+            stream.pix_fmt = "yuv420p"
+            for number in range(5):
+                frame = av.VideoFrame.from_ndarray(np.full((size, size, 3), 40 * number, np.uint8), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        return path.read_bytes()
+
+    (tmp_path / "both.mpg").write_bytes(part(64) + part(96))
+    with pytest.raises(InputError, match=r"changes its size on the way \(64 by 64 and 96 by 96\)"):
+        videos.read_frames(tmp_path / "both.mpg", 8)
+
+
+def test_a_stream_that_cannot_be_wound_back(tmp_path):
+    with av.open(str(tmp_path / "raw.h264"), "w", format="h264") as container:
+        stream = container.add_stream("h264", rate=25)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for number in range(6):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 40 * number, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert videos.read_frames(tmp_path / "raw.h264", 3).shape == (3, 64, 64, 3)

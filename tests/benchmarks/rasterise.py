@@ -3,7 +3,7 @@
     python tests/benchmarks/rasterise.py [--events 130000] [--rounds 7]
 
 Random events on 640 by 480 pixels, in five frames. Loops assign a colour an event: as an array made each time, as the
-original does it, and as a tuple, which is faster. "contiguous" adds the copy to a plain [height, width, 3] array.
+original does it, and as a tuple, which is faster.
 """
 
 from __future__ import annotations
@@ -49,16 +49,10 @@ def loop_of_tuples(stream: EventStream) -> np.ndarray:
     return canvas
 
 
-def contiguous(stream: EventStream) -> np.ndarray:
-    """Draw at once, and copy."""
-    return np.ascontiguousarray(event_streams.frame(stream))
-
-
 WAYS: dict[str, Callable[[EventStream], np.ndarray]] = {
     "loop, an array a colour (the original's way)": loop_of_arrays,
     "loop, tuples": loop_of_tuples,
     "profkit": event_streams.frame,
-    "profkit, contiguous": contiguous,
 }
 
 
