@@ -25,6 +25,7 @@ from profkit.errors import InputError, MeasurementError, ProfkitError
 from profkit.explanation import explain
 from profkit.ledger import Ledger, Scope, Scopes
 from profkit.marking import calibrated
+from profkit.page_cache import are_cached
 from profkit.plan import GRANULARITIES, Granularity, Place, places
 from profkit.probes import Call, Instrument, sequences
 from profkit.run import Pass, Run
@@ -109,6 +110,7 @@ class Tracing:
         self.graphs = 0
         self.machine: dict[str, Any] = {}
         self.encoded: dict[str, Any] | None = None
+        self.cached: bool | None = None
         self.passes: list[Pass] = []
         self.started_unix_ns = time.time_ns()
 
@@ -124,6 +126,8 @@ class Tracing:
         clock_ns = time.get_clock_info("perf_counter").resolution * 1e9
         self.machine = {"cores": os.cpu_count(), "clock_ns": clock_ns, "mark_cost": asdict(calibrated(self.clock))}
         self.machine["before"] = environment.machine_now(self.device)
+        # Whoever looked for the parts or warmed up has read them.
+        self.cached = are_cached(list(getattr(self.sample, "paths", [])))
 
     def repeat(self, number: int) -> None:
         """Make one clean pass beside a control."""
@@ -154,6 +158,7 @@ class Tracing:
         result.manifest["tokens"] = _token_list(self.tokens["clean"][0])
         result.manifest["checks"] = {**result.manifest.get("checks", {}), **checks}
         result.manifest |= {"faults": self.faults, "notes": self.notes, "machine": self.machine}
+        result.manifest["files_cached"] = self.cached
         result.manifest["checks"]["verdicts"] = found = [asdict(one) for one in verdicts(result)]
         if result.trace_json is not None:
             result.trace_json = annotate.with_checks(result.trace_json, runs.plain(found))

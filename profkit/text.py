@@ -153,9 +153,11 @@ def _spread_cells(row: pd.Series) -> list[str]:
 def repeats_line(run: Run) -> str:
     """Return how the table's columns were made."""
     count = len(run.clean)
+    warm: dict[bool | None, str] = {True: " load: from the page cache (warm).", False: " load: from the disk (cold)."}
     return (
         f"[dim]ms and share: the clean pass of median total, whose rows add up exactly; median and p10 … p90: "
-        f"each row over {count} clean pass{'es' if count > 1 else ''}.[/dim]"
+        f"each row over {count} clean pass{'es' if count > 1 else ''}.{warm.get(run.manifest.get('files_cached'), '')}"
+        "[/dim]"
     )
 
 

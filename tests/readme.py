@@ -57,6 +57,8 @@ def filled(readme: str) -> str:
     shown = ("overhead", "attribution", "comparison", "report")
     measured = {name: (RESULTS / f"{name}.txt").read_text(encoding="utf-8").rstrip() for name in shown}
     measured["fidelity"] = fidelity()
+    figures = [str(RUN.parent / "published" / f"{name}.json") for name in ("eventgpt", "video-llava")]
+    measured["published"] = command("compare", *figures)
     blocks = {"table": table(), "inspect": command("inspect"), "analyze": analysis(), **measured}
     for name, content in blocks.items():
         block = f"<!-- {name} -->\n```\n{content}\n```\n<!-- /{name} -->"
