@@ -2,51 +2,33 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from profkit.ledger import Ledger
-from profkit.wrapping import Wrappers
 
 DEEP = 6
 """How far into a cache object tensors are looked for: cache, list of layers, layer, list of states, tensor."""
 
 
 class CacheWatch:
-    """A context that notes, after each pass of a decoder, the bytes of the cache that it was given or gave back.
+    """Notes, after each pass of a decoder, the bytes of the cache that it was given or gave back.
 
-    `path` is the decoder's in the model.
     `bytes_by_step` stays empty for models without one. Nothing waits for the device: sizes are known on the host.
     `memory_by_step` holds the bytes allocated on an accelerator then.
     """
 
-    def __init__(self, model: nn.Module, path: str | None, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger) -> None:
         self.bytes_by_step: list[int] = []
         self.memory_by_step: list[int] = []
-        self._decoder = None if path is None else model.get_submodule(path)
-        self._ledger, self._wrappers = ledger, Wrappers()
+        self._ledger = ledger
 
-    def __enter__(self) -> CacheWatch:
-        if self._decoder is not None:
-            bound, wrappers = self._decoder.forward, self._wrappers
-
-            @functools.wraps(bound)
-            def watched(*args: Any, **kwargs: Any) -> Any:
-                output = bound(*args, **kwargs)
-                if wrappers.active and not torch.compiler.is_dynamo_compiling():
-                    self._note(kwargs.get("past_key_values"), getattr(output, "past_key_values", None))
-                return output
-
-            wrappers.put(self._decoder, "forward", watched)
-            wrappers.active = True
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._wrappers.remove()
+    def note(self, given: Mapping[str, Any], output: Any) -> None:
+        """Note a pass: the decoder's named arguments and what it returned."""
+        self._note(given.get("past_key_values"), getattr(output, "past_key_values", None))
 
     def series(self) -> dict[str, dict[int, float]]:
         """Return what was noted as series by step, under the names of counters."""

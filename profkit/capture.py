@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from profkit import audit, environment, inspection, structure
@@ -16,7 +17,7 @@ from profkit.anatomy import Anatomy, Calls
 from profkit.clock import DeviceClock
 from profkit.environment import devices_of
 from profkit.ledger import Ledger, Marks, Scopes
-from profkit.plan import Granularity
+from profkit.plan import COMPILED, Granularity, is_compiled
 from profkit.probes import Call, Instrument
 from profkit.run import Pass, Run
 from profkit.spans import Spans
@@ -55,7 +56,7 @@ def profile(model: nn.Module, *, granularity: Granularity = "layer", anatomy: An
         result.passes = [Pass("clean", _generate_ns(spans), spans)]
         result.anatomy = instrument.anatomy.with_calls(calls_by_path(spans))
         result.manifest["calls"] = [call_dict(call) for call in instrument.calls]
-        result.manifest["faults"] = ledger.faults
+        result.manifest["faults"], result.manifest["notes"] = ledger.faults, not_split(model, spans)
         result.manifest["checks"] = {"repaired": vars(spans.repair), "encoded": encoded(spans, instrument)}
 
 
@@ -88,6 +89,22 @@ def _finding_parts(model: nn.Module, instrument: Instrument) -> Iterator[None]:
 def marks_of(ledger: Ledger, clock: DeviceClock | None) -> Marks:
     """Return a ledger's marks, with device times where there is a clock."""
     return ledger.marks(clock.resolve if clock else None)
+
+
+def not_split(model: nn.Module, spans: Spans) -> list[str]:
+    """Return a sentence for each thing that is one scope because torch.compile() made it one."""
+    found = [
+        f"{path or type(model).__name__} is compiled and timed as one: what is inside is not split"
+        for path, module in model.named_modules()
+        if is_compiled(module)
+    ]
+    compiled = np.array([scope.path.endswith(COMPILED) for scope in spans.scopes])[spans.scope]
+    if count := int(compiled.sum()):
+        found.append(
+            f"generate() compiled its decode step: {count} of {len(spans.steps)} steps are inside one graph, so their "
+            "embedding, layers and head are not split"
+        )
+    return found
 
 
 def encoded(spans: Spans, instrument: Instrument) -> dict[str, Any] | None:

@@ -157,7 +157,8 @@ class Tracing:
         result.manifest["calls"] = [capture.call_dict(self.calls[0])]
         result.manifest["tokens"] = _token_list(self.tokens["clean"][0])
         result.manifest["checks"] = {**result.manifest.get("checks", {}), **checks}
-        result.manifest |= {"faults": self.faults, "notes": self.notes, "machine": self.machine}
+        notes = [*self.notes, *capture.not_split(self.model, clean[0])]
+        result.manifest |= {"faults": self.faults, "notes": notes, "machine": self.machine}
         result.manifest["files_cached"] = self.cached
         result.manifest["checks"]["verdicts"] = found = [asdict(one) for one in verdicts(result)]
         if result.trace_json is not None:
@@ -216,12 +217,14 @@ class Tracing:
         self.plan.progress("profiled pass")
         ledger = Ledger(self.scopes)
         session = kineto.Session(self.plan.profile_steps, self.device)
+        watch = CacheWatch(ledger)
         instrument = Instrument(
-            self.model, self.anatomy, ledger, self.plan.granularity, self.clock, session.wrap, session.on_iteration
+            *(self.model, self.anatomy, ledger, self.plan.granularity, self.clock, session.wrap, session.on_iteration),
+            known=self.places,
+            on_output=watch.note if self.anatomy.path("decoder") else None,
         )
-        watch = CacheWatch(self.model, self.anatomy.path("decoder"), ledger)
         with session:
-            elapsed = self._instrumented(ledger, instrument, "profiled", watch)
+            elapsed = self._instrumented(ledger, instrument, "profiled")
         spans = Spans(capture.marks_of(ledger, self.clock), self.scopes.list)
         known = tuple(sorted(self.plan.profile_steps & set(range(len(spans.steps)))))
         result.passes.append(Pass("profiled", elapsed, spans, known))
@@ -251,10 +254,9 @@ class Tracing:
         ledger: Ledger,
         instrument: Instrument,
         kind: str,
-        watch: AbstractContextManager[Any] | None = None,
     ) -> int:
         self._reset_random_state()
-        with instrument, watch or nullcontext():
+        with instrument:
             if self.sample is None:
                 output, elapsed = self._generate(self._prepared())
             else:

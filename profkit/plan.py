@@ -24,6 +24,7 @@ STAGE_OF_ROLE = {
     "lm_head": "head",
 }
 FEATURES = re.compile(r"get_(\w+_)?features")
+COMPILED_CALL, COMPILED = "get_compiled_call", " (compiled)"
 
 
 Place = tuple[nn.Module, str, Scope]
@@ -96,11 +97,17 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def methods(model: nn.Module, anatomy: Anatomy) -> Iterator[Place]:
-    """Yield (module, method name, scope) for the methods to probe, on every module around the parts."""
+    """Yield (module, method name, scope) for the methods to probe, on every module around the parts.
+
+    generate() asks get_compiled_call() for the function that its decode steps call, if it compiles them.
+    """
     modules = dict(model.named_modules())
     for path in dict.fromkeys((*_around(anatomy), "")):
         module = modules[path]
         for name in dir(type(module)):
+            if name == COMPILED_CALL:
+                yield module, name, Scope(f"{path or type(module).__name__}{COMPILED}", "decoder")
+                continue
             if name in ("generate", "prepare_inputs_for_generation"):
                 kind, stage = ("generate", None) if name == "generate" else ("prepare", "setup")
             elif FEATURES.fullmatch(name):

@@ -22,13 +22,14 @@ from profkit.encodings import TOWERS, Encodings
 from profkit.environment import runs_on
 from profkit.errors import InputError
 from profkit.ledger import Ledger, Scope
-from profkit.plan import GRANULARITIES, Granularity, Place, places
+from profkit.plan import COMPILED_CALL, GRANULARITIES, Granularity, Place, places
 from profkit.wrapping import Wrappers
 
 Method = Callable[..., Any]
 Marker = Callable[[int], int]
 MarkerWrapper = Callable[[Marker], Marker]
 
+FORWARDS = ("forward", "_compiled_call_impl")
 TOKEN_INPUTS = ("inputs_embeds", "input_ids", "hidden_states")
 
 
@@ -70,6 +71,7 @@ class Instrument:
     context every probe is removed, whatever happened inside. `clock` adds a device event to every mark.
     `wrap_marker` and `on_iteration` are for the profiled pass: the one goes around the ledger's marker, the
     other is called as each step begins. `known` are the places to probe, if plan.places() was asked before.
+    `on_output` gets the arguments and the output of each pass of the decoder.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Instrument:
         wrap_marker: MarkerWrapper | None = None,
         on_iteration: Callable[[int], None] | None = None,
         known: Sequence[Place] | None = None,
+        on_output: Callable[[Mapping[str, Any], Any], None] | None = None,
     ) -> None:
         if granularity not in GRANULARITIES:
             raise InputError(f"Unknown granularity {granularity!r}: choose one of {', '.join(GRANULARITIES)}.")
@@ -94,10 +97,10 @@ class Instrument:
         self._clock = clock
         self._wrap_marker = wrap_marker or (lambda marker: marker)
         self._markers: dict[torch.device | None, Marker] = {}
-        self._on_iteration = on_iteration
+        self._on_iteration, self._on_output = on_iteration, on_output
         self._places = known
         self._passes = self._iterations = 0
-        self._entry, self._parts = Wrappers(), Wrappers()
+        self._entry, self._methods, self._forwards = Wrappers(), Wrappers(), Wrappers()
 
     def __enter__(self) -> Instrument:
         if self._clock:
@@ -116,25 +119,31 @@ class Instrument:
 
     def replan(self, anatomy: Anatomy) -> None:
         """Probe the parts of another anatomy from now on; the probe of generate() itself stays where it is."""
-        self._parts.remove()
+        self._remove_parts()
         self.anatomy = anatomy
         self._places = None
         self._attach_parts()
 
     def remove(self) -> None:
         """Take off every probe that this instrument put on, and nothing else."""
-        self._parts.remove()
+        self._remove_parts()
         self._entry.remove()
 
+    def _remove_parts(self) -> None:
+        self._forwards.remove()
+        self._methods.remove()
+
     def _attach_parts(self) -> None:
-        self._parts = Wrappers()
-        wanted = places(self._model, self.anatomy, self._granularity) if self._places is None else self._places
-        for module, name, scope in wanted:
-            self._attach(self._parts, module, name, scope)
-        self._parts.active = True
+        if self._places is None:
+            self._places = places(self._model, self.anatomy, self._granularity)
+        self._methods, self._forwards = Wrappers(), Wrappers()
+        for module, name, scope in self._places:
+            self._attach(self._forwards if name in FORWARDS else self._methods, module, name, scope)
+        self._methods.active = self._forwards.active = True
 
     def _attach(self, wrappers: Wrappers, module: nn.Module, name: str, scope: Scope) -> None:
         make = {"decoder": self._decoder_probe, "generate": self._generate_probe, "prepare": self._prepare_probe}
+        make[scope.kind] = self._compiled_probe if name == COMPILED_CALL else make.get(scope.kind, self._plain_probe)
         bound, code = getattr(module, name), self.ledger.scopes.number(scope)
         probe = self._tower_probe if scope.stage in TOWERS else make.get(scope.kind, self._plain_probe)
         wrappers.put(module, name, probe(bound, code, self._marker_of(module), wrappers))
@@ -204,9 +213,32 @@ class Instrument:
             index = mark(code)
             try:
                 self._note(index, lambda: sequence_length(args, kwargs))
-                return bound(*args, **kwargs)
+                output = bound(*args, **kwargs)
+                if self._on_output is not None:
+                    self._on_output(kwargs, output)
+                return output
             finally:
                 mark(-code)
+
+        return probe
+
+    def _compiled_probe(self, bound: Method, code: int, mark: Marker, wrappers: Wrappers) -> Method:
+        """What generate() compiled for its decode steps is a step from outside; inside it runs as without probes.
+
+        A probe inside would be traced away, and make torch compile the whole again: so they come off before the first
+        such step, until the next generate().
+        """
+
+        @functools.wraps(bound)
+        def probe(*args: Any, **kwargs: Any) -> Any:
+            compiled = bound(*args, **kwargs)
+            whole = self._decoder_probe(compiled, code, mark, wrappers)
+
+            def step(*args: Any, **kwargs: Any) -> Any:
+                self._forwards.remove()
+                return whole(*args, **kwargs)
+
+            return step if wrappers.active and not _is_own_call(compiled) else compiled
 
         return probe
 
@@ -218,6 +250,10 @@ class Instrument:
             if not wrappers.active:
                 return bound(*args, **kwargs)
             output, other = None, Wrappers()
+            if self._methods.active and not self._forwards.active:
+                # A compiled step of the last generate() took them off.
+                self._remove_parts()
+                self._attach_parts()
             index = mark(code)
             try:
                 self._note(index, lambda: self._tokens_to_read(args, kwargs))
@@ -275,6 +311,11 @@ class Instrument:
             self.calls.append(Call(prompt_of(args, kwargs), sequences(output)))
         except Exception as error:
             self.ledger.fault(error, "outputs of generate()")
+
+
+def _is_own_call(compiled: Any) -> bool:
+    """Tell whether get_compiled_call() gave the model's own call, as it does for models that it never compiles."""
+    return getattr(compiled, "__func__", None) is nn.Module.__call__
 
 
 def sequence_length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
