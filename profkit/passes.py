@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
+import pandas as pd
 import torch
 from torch import nn
 
@@ -25,6 +26,7 @@ from profkit.errors import InputError, MeasurementError, ProfkitError
 from profkit.explanation import explain
 from profkit.ledger import Ledger, Scope, Scopes
 from profkit.marking import calibrated
+from profkit.memory import MemoryClock, allocators_of
 from profkit.page_cache import are_cached
 from profkit.plan import GRANULARITIES, Granularity, Place, places
 from profkit.probes import Call, Instrument, sequences
@@ -102,7 +104,7 @@ class Tracing:
         self.clock = DeviceClock.of(environment.devices_of(model))
         self.scopes = Scopes([SAMPLE, *(Scope(f"{name}()", "input", name) for name in INPUT_STAGES)])
         self.random_state = random_state()
-        self.tokens: dict[str, list[torch.Tensor | None]] = {"control": [], "clean": [], "profiled": []}
+        self.tokens: dict[str, list[torch.Tensor | None]] = {"control": [], "clean": [], "memory": [], "profiled": []}
         self.calls: list[Call] = []
         self.faults: list[str] = []
         self.notes: list[str] = []
@@ -151,6 +153,7 @@ class Tracing:
             self.scopes.list,
             passes,
         )
+        result.memory = self.memory()
         if self.plan.profile:
             self.profiled(result)
         checks["same_tokens"] = self.same_tokens()
@@ -206,6 +209,19 @@ class Tracing:
         spans = Spans(capture.marks_of(ledger, self.clock), self.scopes.list)
         self.encoded = capture.encoded(spans, instrument)
         return Pass("clean", elapsed, spans)
+
+    def memory(self) -> pd.DataFrame | None:
+        """generate() with the memory of its devices read at every mark; None where allocators keep no statistics."""
+        allocators = allocators_of(environment.devices_of(self.model))
+        if not allocators:
+            return None
+        self.plan.progress("memory")
+        ledger, clock = Ledger(self.scopes), MemoryClock(allocators)
+        try:
+            self._instrumented(ledger, Instrument(self.model, self.anatomy, ledger, "stage", clock), "memory")
+        finally:
+            clock.restore()
+        return clock.table(ledger)
 
     def profiled(self, result: Run) -> None:
         """generate() with probes inside torch.profiler; adds operators, trace and checks to the run."""

@@ -10,14 +10,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from profkit.anatomy import Anatomy
-from profkit.clock import DeviceClock
 from profkit.encodings import TOWERS, Encodings
 from profkit.environment import runs_on
 from profkit.errors import InputError
@@ -31,6 +30,20 @@ MarkerWrapper = Callable[[Marker], Marker]
 
 FORWARDS = ("forward", "_compiled_call_impl")
 TOKEN_INPUTS = ("inputs_embeds", "input_ids", "hidden_states")
+
+
+class Clock(Protocol):
+    """What is read at each mark, beside the host's clock: device events, or what else a pass is for."""
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether it matters on which device a module runs."""
+
+    def restart(self) -> None:
+        """Begin a new run."""
+
+    def recorder(self, device: torch.device | None = None) -> Callable[[], int]:
+        """Return a function that reads it for a mark and returns the reading's number."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,7 @@ class Instrument:
         anatomy: Anatomy,
         ledger: Ledger,
         granularity: Granularity = "layer",
-        clock: DeviceClock | None = None,
+        clock: Clock | None = None,
         wrap_marker: MarkerWrapper | None = None,
         on_iteration: Callable[[int], None] | None = None,
         known: Sequence[Place] | None = None,

@@ -27,6 +27,7 @@ from profkit.spans import Spans
 SCHEMA = 1
 OF_PROFILE = ("operators", "kernels", "device", "timeline")
 """Tables of the profiled pass, kept as they were computed."""
+KEPT = (*OF_PROFILE, "memory")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Run:
     `manifest` holds what was run, where and with what result, as plain JSON values. `operators`, `kernels` and `device`
     (see device_tables: operator_table, kernel_table, stage_table) are of the profiled pass and sum over the steps it
     recorded, whose number stands in each row. `timeline` is a prefill and a decode step of it, slice by slice (see
-    timeline.timeline). None without such a pass; `kernels` and `device` also without a device.
+    timeline.timeline). None without such a pass; `kernels` and `device` also without a device. `memory` is that of the
+    devices at the boundaries of stages, in bytes (see memory.memory_table); None where there is none to read.
     """
 
     manifest: dict[str, Any]
@@ -61,6 +63,7 @@ class Run:
     kernels: pd.DataFrame | None = None
     device: pd.DataFrame | None = None
     timeline: pd.DataFrame | None = None
+    memory: pd.DataFrame | None = None
     trace_json: bytes | None = None
     path: Path | None = None
     unreadable: list[str] = field(default_factory=list)
@@ -165,6 +168,14 @@ class Run:
         if known is None:
             raise InputError("This run does not say what a mark costs: corrected times need profkit.trace().")
         return corrections.corrected_table(self.representative, corrections.MarkCost(**known))
+
+    def cache_bytes_per_token(self) -> float | None:
+        """Return by how many bytes the cache grows a token of a sequence; None if it does not, or is not known."""
+        sizes = self.manifest.get("cache_bytes") or []
+        tokens = np.cumsum(self.steps()["tokens"].to_numpy()[: len(sizes)])
+        call = (self.manifest.get("calls") or [{}])[0]
+        grown = (sizes[-1] - sizes[0]) / (tokens[-1] - tokens[0]) if len(tokens) > 1 and tokens[-1] > tokens[0] else 0
+        return grown / (call.get("batch") or 1) if grown > 0 else None
 
     def breakdown(self) -> pd.DataFrame:
         """Return stages() and spread() side by side, with the number of the classic stage (1 to 4)."""
@@ -293,9 +304,9 @@ def _write(run: Run, folder: Path) -> None:
         _parquet(run.steps(), folder / "steps.parquet")
         _parquet(run.modules(), folder / "modules.parquet")
         run.breakdown().to_csv(folder / "breakdown.csv", float_format="%.6f")
-    for name in OF_PROFILE:
+    for name in KEPT:
         if (table := getattr(run, name)) is not None:
-            _parquet(table, folder / f"{name}.parquet")
+            _parquet(table.reset_index() if table.index.name else table, folder / f"{name}.parquet")
     earlier = run.path / "trace.json.gz" if run.path is not None else None
     if run.trace_json is not None:
         annotate.write(folder / "trace.json.gz", run.trace_json)
@@ -334,8 +345,10 @@ def _read(folder: Path, manifest: dict[str, Any]) -> Run:
     for key in ("schema", "latency"):
         manifest.pop(key)
     run = Run(manifest, anatomy, scopes, passes, path=folder)
-    for name in OF_PROFILE:
+    for name in KEPT:
         setattr(run, name, _kept_table(folder / f"{name}.parquet", run.unreadable))
+    if run.memory is not None:
+        run.memory = run.memory.set_index("stage")
     return run
 
 

@@ -45,12 +45,7 @@ class SampleRun:
     def load(cls, path: str | os.PathLike[str], partial: bool = False) -> SampleRun:
         """Read a run; with `partial`, also one of which no row was written yet. Raises InputError if it is none."""
         folder = Path(path)
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{folder} is not a run directory: it has no readable {MANIFEST}.") from error
-        except ValueError as error:
-            raise InputError(f"{folder / MANIFEST} is damaged: {error}.") from error
+        manifest = _manifest(folder)
         if manifest.get("kind") != KIND:
             raise InputError(f"{folder} is a run of one sample, not of many.")
         runs.check_schema(folder, manifest)
@@ -110,12 +105,19 @@ Saved = Run | SampleRun
 
 def load_any(path: str | os.PathLike[str]) -> Saved:
     """Return a saved run, of one sample or of many. Raises InputError if it is none."""
+    return SampleRun.load(path) if _manifest(Path(path)).get("kind") == KIND else runs.load(path)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((Path(path) / MANIFEST).read_text(encoding="utf-8"))
-        many = manifest.get("kind") == KIND
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is not a run directory: it has no readable {MANIFEST}.") from error
-    return SampleRun.load(path) if many else runs.load(path)
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{folder} is not a run directory: it has no readable {MANIFEST}.") from error
+    except ValueError as error:
+        raise InputError(f"{folder / MANIFEST} is damaged: {error}.") from error
+    if not isinstance(manifest, dict):
+        raise InputError(f"{folder / MANIFEST} is damaged: it is no object with fields.")
+    return manifest
 
 
 def target(path: Path, force: bool) -> Path:

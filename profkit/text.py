@@ -30,11 +30,13 @@ def report(run: Run, corrected: bool = False) -> Iterator[Table | str]:
         yield "[dim]corrected ms: ms less what marks cost, as calibrated on modules that do nothing.[/dim]"
     yield latency_line(run)
     yield from pace_lines(run)
+    yield from memory_lines(run)
     yield from cost_lines(run)
     yield from check_lines(kept_verdicts(run))
     yield from confessions(run)
 
 
+MIB = 1 << 20
 ACCESSOR = re.compile(r"get_\w+\(\)")
 PHASES = ("before", "prefill", "decode")
 
@@ -181,6 +183,20 @@ def pace_lines(run: Run) -> Iterator[str]:
         yield f"{escape(row['stage'] + where)}: [bold]{row['verdict']}[/bold] [dim]({row['evidence']})[/dim]"
 
 
+def memory_lines(run: Run) -> Iterator[str]:
+    """Yield what the model's devices held, where that can be read, and what a token takes in the cache."""
+    if run.memory is not None:
+        peaks = run.memory["peak"].drop("total")
+        whole = run.memory.loc["total"]
+        each = ", ".join(f"{name} {size / MIB:.0f}" for name, size in peaks.items())
+        yield (
+            f"memory, MiB: {whole['allocated_before'] / MIB:.0f} before, peak {whole['peak'] / MIB:.0f}, reserved "
+            f"{whole['reserved_after'] / MIB:.0f} [dim](peaks: {each})[/dim]"
+        )
+    if (token := run.cache_bytes_per_token()) is not None:
+        yield f"cache: {token / 1024:.1f} KiB a token"
+
+
 def cost_lines(run: Run) -> Iterator[str]:
     """Yield what the instrument cost: overhead of the clean passes, dilation of the profiled one."""
     pairs = len(run.of_kind("control"))
@@ -273,6 +289,8 @@ def as_dict(run: Run) -> dict[str, Any]:
             "stages": run.breakdown().reset_index().to_dict(orient="records"),
             "device_stages": [] if run.device is None else run.device.to_dict(orient="records"),
             "total_ms": run.stages()["host_ms"].sum(),
+            "memory": [] if run.memory is None else run.memory.reset_index().to_dict(orient="records"),
+            "cache_bytes_per_token": run.cache_bytes_per_token(),
             "latency": asdict(run.latency()),
             "overhead": run.overhead(),
             "dilation": run.dilation().rename_axis("stage").reset_index().to_dict(orient="records"),

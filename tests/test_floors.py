@@ -24,7 +24,7 @@ FLOORS = {
         *("sample_lists", "command", "ranks"),
     },
     4: {"attribution", "audit", "chrome", "phases", "probes", "roles", "annotate"},
-    5: {"foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"},
+    5: {"memory", "foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"},
     6: {"corrections", "device_tables", "trust", "dummies", "hierarchy", "pace", "timeline", "tensorboard"},
     7: {"marking", "run", "inspection", "capabilities", "explanation"},
     8: {"analysis", "capture", "checks", "sample_runs", "trace_file"},
@@ -62,6 +62,7 @@ WITH_TORCH = {
         "overhead",
         "passes",
         "stopwatches",
+        "memory",
     ),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
