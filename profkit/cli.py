@@ -43,6 +43,7 @@ for command in (cli_reading.analyze, cli_reading.compare, cli_reading.report, cl
 @model_options
 @click.option("--max-new-tokens", type=click.IntRange(1), default=32)
 @click.option("--min-new-tokens", type=click.IntRange(1), help="Go on at least so long, past an end token: equal work.")
+@click.option("--cache", help="generate()'s cache_implementation: static lets it compile its decode step on a device.")
 @click.option("--warmup", type=click.IntRange(0), default=1, help="Passes before measuring.")
 @click.option("--repeat", type=click.IntRange(1), default=5, help="Clean passes, each beside a control.")
 @click.option("--granularity", type=click.Choice(["stage", "layer", "module"]), default="layer")

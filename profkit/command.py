@@ -45,6 +45,11 @@ def model_options(command: Any) -> Any:
         click.option("--device", default="auto", help=devices),
         click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto"),
         click.option("--weights", type=click.Choice(["auto", "real", "random"]), default="auto", help="Of a preset."),
+        click.option(
+            "--attention",
+            type=click.Choice(["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]),
+            help="The attention kernel.  [default: the model's]",
+        ),
         click.option("--prompt", help="A question, or a whole prompt with the processor's image placeholders."),
         click.option("--event-window", metavar="MS-MS", help="Of event streams, the part to take, e.g. 0-50."),
         click.option("--sensor", metavar="WxH", help="Of event streams, the sensor: events off it are an error."),

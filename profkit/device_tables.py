@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +23,7 @@ EARLY = 0.1
 OPERATOR_KINDS = (Kind.OPERATOR, Kind.ANNOTATION, Kind.RUNTIME)
 WAITING = 0.5
 """A stage is waiting if its device was idle, with work already launched, for more than this share of its time."""
+WAITS = re.compile(r"Synchronize")
 HOST_BOUND_IDLE, HOST_BOUND_STARVED = 0.1, 0.5
 """Else it is host-bound if its device waited for the host for more than the first share of its time, and more than the
 second share of launches found it without work; device-bound with less waiting; mixed between the two."""
@@ -128,8 +130,9 @@ def stage_table(events: Events, owners: Owners, occupied: Occupancy) -> pd.DataF
     decode: a token of each sequence), busy_ms (union of the stage's events on the device), sum_ms (over streams),
     idle_ms and its parts (before each of the stage's events: idle_before_ms, the step had not begun on the host;
     idle_host_ms, the launch had not been called; idle_launch_ms, it was on its way; idle_wait_ms, it waited for
-    something else; idle_unknown_ms), delay_p50_us, delay_p90_us, delay_p99_us (start of a kernel less that of its
-    launch call), verdict, evidence.
+    something else; idle_unknown_ms), host_wait_ms (how long calls on the host waited for the device; NaN where there
+    are several, as calls do not tell which), delay_p50_us, delay_p90_us, delay_p99_us (start of a kernel less that of
+    its launch call), verdict, evidence.
     """
     names, columns = [*owners.scopes.stages, OUTSIDE], list(STAGE_COLUMNS)
     stage = np.where(owners.stage >= 0, owners.stage, len(names) - 1)
@@ -137,6 +140,7 @@ def stage_table(events: Events, owners: Owners, occupied: Occupancy) -> pd.DataF
     launching = is_launch(events)
     launching[owners.launch[occupied.row][owners.launch[occupied.row] >= 0]] = True
     aims_at = _devices_of_launches(events, owners, occupied)
+    waited = _sum_by(stage, host_wait_ns(events, owners), len(names)) / MS
     for device, label in enumerate(events.devices):
         on_device = occupied.device == device
         mine = occupied.row[on_device]
@@ -145,7 +149,9 @@ def stage_table(events: Events, owners: Owners, occupied: Occupancy) -> pd.DataF
             chosen = on_device if one is None else on_device & (stage[occupied.row] == one)
             called = launching & (aims_at == device)
             called = called if one is None else called & (stage == one)
-            entry = {"device": label, "stage": ALL if one is None else names[one]}
+            wait_ms = float(waited.sum() if one is None else waited[one])
+            entry: dict[str, object] = {"device": label, "stage": ALL if one is None else names[one]}
+            entry["host_wait_ms"] = wait_ms if len(events.devices) == 1 else float("nan")
             rows.append(entry | _stage_row(events, owners, occupied, chosen, called, one is None))
     return pd.DataFrame(rows, columns=columns)
 
@@ -159,11 +165,27 @@ def _devices_of_launches(events: Events, owners: Owners, occupied: Occupancy) ->
     return found
 
 
+def host_wait_ns(events: Events, owners: Owners) -> np.ndarray:
+    """Return for each event on the host how long it waited for a device, in ns: calls that synchronize, and copies.
+
+    A call that copies to or from ordinary memory returns when the copy is done.
+    """
+    matching = [WAITS.search(name) is not None for name in events.names]
+    waiting = (events.kind == Kind.RUNTIME) & events.named(matching)
+    waited = np.where(waiting, events.length_ns, 0)
+    copies = np.flatnonzero((events.kind == Kind.MEMCPY) & (owners.launch >= 0))
+    call = owners.launch[copies]
+    done = events.end_ns[copies]
+    inside = (done <= events.end_ns[call]) & (done > events.start_ns[call])
+    waited[call[inside]] = (done - events.start_ns[call])[inside]
+    return waited
+
+
 IDLE = ("before", "host", "launch", "wait", "unknown")
 STAGE_COLUMNS = (
     *("device", "stage", "steps", "kernels", "launches", "launches_per_step", "busy_ms", "sum_ms", "idle_ms"),
     *("idle_before_ms", "idle_host_ms", "idle_launch_ms", "idle_wait_ms", "idle_unknown_ms"),
-    *("delay_p50_us", "delay_p90_us", "delay_p99_us", "verdict", "evidence"),
+    *("host_wait_ms", "delay_p50_us", "delay_p90_us", "delay_p99_us", "verdict", "evidence"),
 )
 
 

@@ -162,7 +162,10 @@ def _load(name: str, options: Options, progress: Report) -> Loaded:
     device = models.choose_device(options["device"])
     dtype = models.DTYPES.get(options["dtype"])
     progress(f"loading {name}")
-    return models.load_model(name, device, dtype, options["weights"], options["trust_remote_code"])
+    loaded = models.load_model(name, device, dtype, options["weights"], options["trust_remote_code"])
+    if options["attention"]:
+        models.choose_attention(loaded.model, options["attention"])
+    return loaded
 
 
 def _sample(loaded: Loaded, inputs: Sequence[str], options: Options) -> Sample | None:
@@ -203,6 +206,8 @@ def _generate_options(loaded: Loaded, options: Options) -> dict[str, Any]:
     if loaded.random_weights:
         # Random weights may emit the end token at any time: all passes shall do the same work.
         chosen |= {"min_new_tokens": options["max_new_tokens"], "do_sample": False}
+    if options.get("cache"):
+        chosen["cache_implementation"] = options["cache"]
     if options.get("min_new_tokens") is not None:
         chosen["min_new_tokens"] = options["min_new_tokens"]
     return chosen

@@ -106,6 +106,19 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def choose_attention(model: nn.Module, kernel: str) -> None:
+    """Let a model use another attention kernel. Raises InputError if it cannot."""
+    try:
+        model.set_attn_implementation(kernel)  # type: ignore[operator]
+    except AttributeError as error:
+        raise InputError(
+            f"{type(model).__name__} has no attention kernels to choose: leave --attention out."
+        ) from error
+    except (ImportError, ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise InputError(f"{type(model).__name__} cannot use --attention {kernel}: {said}") from error
+
+
 def _preset(name: str, device: torch.device, dtype: torch.dtype | None, weights: str) -> Loaded:
     path = resources.files("profkit") / "data" / "presets" / f"{name}.json"
     preset = json.loads(path.read_text(encoding="utf-8"))

@@ -309,9 +309,9 @@ class Tracing:
             raise
         except Exception as error:
             raise MeasurementError(describe_failure(error, self.model)) from error
-        elapsed = time.perf_counter_ns() - begin
+        # generate() may return before its device is done.
         synchronize(self.device)
-        return output, elapsed
+        return output, time.perf_counter_ns() - begin
 
     def _reset_random_state(self) -> None:
         if self.plan.seed is not None:

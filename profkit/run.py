@@ -103,11 +103,15 @@ class Run:
     def stages(self) -> pd.DataFrame:
         """Return a row a stage: index `stage`; columns calls, host_ns, host_ms, device_ms, busy_ms, share.
 
+        Where there is a device, starved_ms too: device_ms less busy_ms, what its stream was given nothing to do.
         Rows sum to the total of the calls of generate(), `other` included; where the run also loaded and
         preprocessed its inputs, these have rows of their own and the sum is the sample's total.
         """
         table = tables.stage_table(self.representative)
-        return table if self.device is None else table.assign(busy_ms=self._busy_ms(table.index))
+        if self.device is None:
+            return table
+        busy_ms = self._busy_ms(table.index)
+        return table.assign(busy_ms=busy_ms, starved_ms=table["device_ms"] - busy_ms)
 
     def _busy_ms(self, names: pd.Index) -> np.ndarray:
         """Return each stage's busy time, NaN where unknown: that of a recorded step, times the clean pass's steps."""

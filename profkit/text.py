@@ -109,7 +109,11 @@ def breakdown_table(run: Run, corrected: bool = False) -> Table:
     clocks = [
         "host_ms",
         *["corrected_ms"] * corrected,
-        *(name for name in ("device_ms", "busy_ms") if breakdown[name].notna().any()),
+        *(
+            name
+            for name in ("device_ms", "busy_ms", "starved_ms")
+            if name in breakdown and breakdown[name].notna().any()
+        ),
     ]
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("stage")
@@ -180,7 +184,9 @@ def pace_lines(run: Run) -> Iterator[str]:
     several = run.device["device"].nunique() > 1
     for row in run.device.to_dict(orient="records"):
         where = f" on device {row['device']}" if several else ""
-        yield f"{escape(row['stage'] + where)}: [bold]{row['verdict']}[/bold] [dim]({row['evidence']})[/dim]"
+        waited = row.get("host_wait_ms", 0)
+        wait = f"; the host waited {waited:.2f} ms for it" if waited and waited == waited else ""
+        yield f"{escape(row['stage'] + where)}: [bold]{row['verdict']}[/bold] [dim]({row['evidence']}{wait})[/dim]"
 
 
 def memory_lines(run: Run) -> Iterator[str]:

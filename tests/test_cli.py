@@ -86,6 +86,16 @@ def test_tensorboard_is_written_if_asked_for(tmp_path, monkeypatch):
     assert status == 2 and "pip install 'profkit[tensorboard]'" in err
 
 
+def test_attention_and_cache_are_chosen(tmp_path):
+    status, out, _ = invoke(
+        "trace", *QUICK, "--no-profile", "--attention", "eager", "--cache", "static", "--out", "run"
+    )
+    assert status == 0, out
+    assert profkit.load("run").manifest["attention"] == "eager"
+    status, _, err = invoke("trace", *QUICK, "--attention", "flash_attention_2")
+    assert status == 2 and "cannot use --attention flash_attention_2" in err
+
+
 def test_corrected_times_are_shown_beside_the_others(tmp_path):
     status, out, _ = invoke("trace", *QUICK, "--no-profile", "--corrected")
     assert status == 0

@@ -85,6 +85,19 @@ def test_idle_time_has_its_causes():
     assert steps[["phase", "kernels", "launches"]].to_numpy().tolist() == [["prefill", 3, 3]]
 
 
+def test_how_long_the_host_waited():
+    made = HandMade()
+    made.host("execute_context_1(8)_generation_0(0)", 0, 200, "user_annotation")
+    made.kernel(made.launch(0), 10, 50)
+    made.host("cudaStreamSynchronize", 20, 42, "cuda_runtime")  # 42
+    made.kernel(made.launch(70, 20, "cudaMemcpyAsync"), 72, 13, "Memcpy DtoH", category="gpu_memcpy")  # 70..85: 15
+    made.kernel(made.launch(95, 2, "cudaMemcpyAsync"), 100, 10, "Memcpy HtoD", category="gpu_memcpy")  # returns at once
+    made.host("cudaDeviceSynchronize", 300, 7, "cuda_runtime")  # outside of the step
+    stages, _, _ = table_of(made)
+    waits = stages.set_index("stage")["host_wait_ms"]
+    assert waits[["prefill", "all"]].tolist() == pytest.approx([0.057, 0.064])
+
+
 def test_what_a_device_waited_before_a_step_is_not_the_steps():
     """A second in which the host reads a file, then a prefill in which the device never waits."""
     made = HandMade()
