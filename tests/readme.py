@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import re
 from collections.abc import Iterable
@@ -18,6 +19,18 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RUN = ROOT / "traces" / "tiny-llava-cpu"
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
+
+
+def _beside(name: str, path: Path) -> Any:
+    """Import a module by its path, wherever this one was started from."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu_summary = _beside("gpu_summary", ROOT / "tests" / "gpu" / "summary.py")
 
 
 def table() -> str:
@@ -58,6 +71,7 @@ def filled(readme: str) -> str:
     measured = {name: (RESULTS / f"{name}.txt").read_text(encoding="utf-8").rstrip() for name in shown}
     measured["fidelity"] = fidelity()
     figures = [str(RUN.parent / "published" / f"{name}.json") for name in ("eventgpt", "video-llava")]
+    measured["gpu"] = gpu_summary.newest()
     measured["published"] = command("compare", *figures)
     blocks = {"table": table(), "inspect": command("inspect"), "analyze": analysis(), **measured}
     for name, content in blocks.items():

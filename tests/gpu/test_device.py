@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import profkit
-from profkit import attribution, chrome, inspection, kineto
+from profkit import attribution, chrome, delays, inspection, kineto
 from profkit.events import DEVICE, Kind
 from profkit.explanation import explain
 from profkit.ledger import Ledger
@@ -76,6 +76,52 @@ def test_every_kernel_has_a_launch_a_stage_and_a_scope(live):
     device = events.is_kind(*DEVICE)
     assert found.kernels["count"].sum() == device.sum()
     assert set(found.device["verdict"]) <= {"host-bound", "device-bound", "mixed", "waiting"}
+
+
+def test_device_times_sum_to_the_span_of_the_device(model_and_kwargs):
+    model, kwargs = model_and_kwargs
+    model.generate(**kwargs)
+    with profkit.profile(model) as prof:
+        model.generate(**kwargs)
+    spans = prof.representative
+    device = spans.marks.device_ns
+    assert (np.diff(device) >= 0).all()
+    assert prof.stages()["device_ms"].sum() * 1e6 == pytest.approx(device[-1] - device[0], rel=0.001)
+    assert abs((device[-1] - device[0]) / (spans.marks.host_ns[-1] - spans.marks.host_ns[0]) - 1) < 0.2
+
+
+def test_a_spinning_kernel_is_found_where_it_is(model_and_kwargs):
+    if DEVICE_TYPE.type != "cuda":
+        pytest.skip("torch has a kernel of known length for CUDA alone")
+    model, kwargs = model_and_kwargs
+    found = [*delays.delays(model, kwargs, profkit.inspect(model, **kwargs), wait_ms=10, repeats=3)]
+    by_name = {one.check: one for one in found}
+    for name in ("vision", "projector", "decoder layer", "head"):
+        assert by_name[f"delay: {name}"].ok, by_name[f"delay: {name}"]
+
+
+def test_memory_has_peaks_and_leaves_the_users_alone(model_and_kwargs):
+    model, kwargs = model_and_kwargs
+    ballast = torch.empty(64 << 20, dtype=torch.uint8, device=DEVICE_TYPE)
+    del ballast
+    before = torch.accelerator.max_memory_allocated()
+    run = profkit.trace(model, kwargs, repeat=1, profile=False)
+    assert torch.accelerator.max_memory_allocated() >= before
+    assert run.memory is not None
+    assert run.memory.loc["total", "peak"] == run.memory["peak"].max() < before
+    assert (run.memory["peak"] >= run.memory["allocated_before"].min()).all()
+
+
+def test_compiled_steps_are_marked(model_and_kwargs):
+    model, kwargs = model_and_kwargs
+    if not getattr(model, "_can_compile_fullgraph", False):
+        pytest.skip("generate() does not compile this model")
+    static = {**kwargs, "cache_implementation": "static"}
+    tokens = model.generate(**static)
+    with profkit.profile(model) as prof:
+        assert torch.equal(model.generate(**static), tokens)
+    assert prof.steps()["phase"].tolist().count("decode") == 4
+    assert prof.stages().loc["decode", "device_ms"] > 0
 
 
 def test_a_run_has_device_times_and_busy_times(model_and_kwargs, tmp_path):
