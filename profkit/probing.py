@@ -178,6 +178,9 @@ class _Labelling(TorchDispatchMode):
     it lives no other storage can have the same address.
     """
 
+    supports_higher_order_operators = True
+    """Such as flex attention: without a schema, and never in place."""
+
     def __init__(self, operations: dict[str, Counter[Labels]]) -> None:
         super().__init__()
         self.inside = ["generate()"]
@@ -206,8 +209,9 @@ class _Labelling(TorchDispatchMode):
             self._operations.setdefault(self.inside[-1], Counter())[labels] += 1
             for tensor in _tensors(output):
                 self.set(tensor, labels)
-            if func._schema.is_mutable:
-                for argument, value in zip(func._schema.arguments, args, strict=False):
+            schema = getattr(func, "_schema", None)
+            if schema is not None and schema.is_mutable:
+                for argument, value in zip(schema.arguments, args, strict=False):
                     if argument.alias_info is not None and argument.alias_info.is_write:
                         for tensor in _tensors(value):
                             self.set(tensor, labels)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from builders import small_llava
 from transformers import CompileConfig
+from transformers.utils import is_torch_flex_attn_available
 
 import profkit
-from profkit import environment, text
+from profkit import environment, models, text
 
 pytestmark = pytest.mark.smoke
 
@@ -75,3 +76,26 @@ def test_what_the_user_compiled_is_said_to_be_one():
         model.generate(**kwargs)
     assert prof.manifest["notes"] == ["model.vision_tower is compiled and timed as one: what is inside is not split"]
     assert prof.stages().loc["vision", "calls"] == 1
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa", "flex_attention"])
+def test_every_attention_kernel_is_measured_alike(kernel):
+    if kernel == "flex_attention" and not is_torch_flex_attn_available():
+        pytest.skip("torch has no flex attention here")
+    model, kwargs = small_llava()
+    models.choose_attention(model, kernel)
+    plain = model.generate(**kwargs)
+    with profkit.profile(model, granularity="module") as prof:
+        assert torch.equal(model.generate(**kwargs), plain)
+    assert prof.manifest["attention"] == kernel and prof.manifest["faults"] == []
+    assert prof.stages()["calls"][["vision", "prefill", "decode", "head"]].tolist() == [1, 1, 4, 5]
+
+
+def test_a_model_whose_weights_are_quantised():
+    model, kwargs = small_llava()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    plain = quantised.generate(**kwargs)
+    with profkit.profile(quantised) as prof:
+        assert torch.equal(quantised.generate(**kwargs), plain)
+    assert prof.stages()["calls"][["vision", "prefill", "decode", "head"]].tolist() == [1, 1, 4, 5]
+    assert prof.manifest["faults"] == []
