@@ -44,7 +44,7 @@ for command in (cli_reading.analyze, cli_reading.compare, cli_reading.report, cl
 @click.option("--max-new-tokens", type=click.IntRange(1), default=32)
 @click.option("--min-new-tokens", type=click.IntRange(1), help="Go on at least so long, past an end token: equal work.")
 @click.option("--warmup", type=click.IntRange(0), default=1, help="Passes before measuring.")
-@click.option("--repeat", type=click.IntRange(1), default=5, help="Clean passes, each beside a control.")
+@click.option("--repeat", type=click.IntRange(1), default=6, help="Clean passes, each beside a control.")
 @click.option("--granularity", type=click.Choice(["stage", "layer", "module"]), default="layer")
 @click.option("--profile/--no-profile", default=True, help="A pass inside torch.profiler.")
 @click.option("--profile-steps", default="0-4", help="Steps that this pass records; 0 is the prefill.")

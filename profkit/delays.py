@@ -164,7 +164,7 @@ def _one(
         # A module's own work is read in every run; what selecting took without the delay only in its pair.
         off = np.array(found) - np.array(waited)
         yield within(f"delay: {name}", stats.median(off), stats.median_interval(off), allowed, "ms", said)
-    middle = np.median(np.array(changes), axis=0)
+    middle = stats.medians(np.array(changes))
     worst = int(np.abs(middle).argmax())
     low, high = stats.median_interval(np.array(changes)[:, worst])
     said = f"the largest change of another stage, {stages.NAMES[worst]}: {middle[worst]:+.2f} ms"

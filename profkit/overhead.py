@@ -42,7 +42,7 @@ def overhead_by_stage(
         coarse.append(pair["stage"])
         fine.append(pair[granularity])
     bare, full = np.array(coarse, dtype=float), np.array(fine, dtype=float)
-    share = np.median(bare / bare.sum(axis=1, keepdims=True), axis=0)
+    share = stats.medians(bare / bare.sum(axis=1, keepdims=True))
     for stage in np.flatnonzero(share > NOTABLE):
         base, other = bare[:, stage], full[:, stage]
         over = stats.median_ratio(base, other, paired=True) - 1

@@ -57,7 +57,7 @@ class Plan:
     """What a trace is to do; see tracing.trace()."""
 
     warmup: int = 1
-    repeat: int = 5
+    repeat: int = 6
     granularity: Granularity = "layer"
     profile: bool = True
     profile_steps: frozenset[int] = DEFAULT_STEPS

@@ -72,12 +72,14 @@ def test_figures_and_bounds():
     assert bounded("a", 1.0, 2.0, "ms", "").ok is True
     assert bounded("a", 3.0, 2.0, "ms", "").ok is False
     assert bounded("a", float("nan"), 2.0, "ms", "").ok is known("a", 1.0, "", "").ok is None
-    # Sure to be inside, sure to be outside; noisy, and reaching in from outside.
+    # Sure to be inside, sure to be outside; noisy, reaching in from outside, and out from inside.
     cases = {(0.01, 0.0, 0.02): True, (0.09, 0.06, 0.1): False, (0.0, -0.2, 0.2): None, (0.06, 0.01, 0.07): None}
+    cases |= {(0.028, 0.006, 0.066): None, (0.0, 0.0, 0.06): None, (-0.09, -0.1, -0.06): False}
     for (off, low, high), ok in cases.items():
         assert within("a", off, (low, high), 0.05, "", "").ok is ok
     nan = float("nan")
-    assert within("a", 0.0, (nan, nan), 0.05, "", "").ok is None
+    unknown = within("a", 0.0, (nan, nan), 0.05, "", "")
+    assert unknown.ok is None and "too few repeats" in unknown.sentence
 
 
 # -- what a run can tell ---------------------------------------------------------------------------
@@ -164,14 +166,14 @@ def test_probes_that_cost_too_much(monkeypatch):
         return marking
 
     monkeypatch.setattr(ledger.Ledger, "marker", slow)
-    run = traced(repeat=5)
+    run = traced(repeat=6)
     assert by_name(checks.verdicts(run))["overhead"].ok is False
 
 
 def test_marks_that_cost_too_much_in_one_stage(llava, monkeypatch):
     model, kwargs, anatomy = llava
     assert list(overhead.overhead_by_stage(model, kwargs, anatomy, "stage")) == []
-    found = by_name(overhead.overhead_by_stage(model, kwargs, anatomy, "layer", repeats=5))
+    found = by_name(overhead.overhead_by_stage(model, kwargs, anatomy, "layer", repeats=6))
     assert {"overhead: prefill", "overhead: decode"} <= set(found)
     plain = probes.Instrument._plain_probe
 
@@ -188,7 +190,7 @@ def test_marks_that_cost_too_much_in_one_stage(llava, monkeypatch):
         return late
 
     monkeypatch.setattr(probes.Instrument, "_plain_probe", slow)
-    found = by_name(overhead.overhead_by_stage(model, kwargs, anatomy, "layer", repeats=5))
+    found = by_name(overhead.overhead_by_stage(model, kwargs, anatomy, "layer", repeats=6))
     assert found["overhead: decode"].ok is False
 
 
@@ -289,6 +291,14 @@ def test_what_is_not_steady_is_said(values, name):
     assert found[f"steadiness: {name}"].ok is False
     if name == "median":
         assert "repeats would give ±2%" in found["steadiness: median"].sentence
+
+
+@pytest.mark.parametrize("values", [[200, 100, 150, 90, 140, 80, 120], [200, 200, 200, 200, 100, 100, 100, 100]])
+def test_what_noise_hides_is_open_and_its_figure_is_what_was_measured(values):
+    found = by_name(steadiness(values, {}))
+    drift, warm = found["steadiness: drift"], found["steadiness: warm-up"]
+    assert drift.ok is None and "too noisy to tell" in drift.sentence and drift.measured > 0.3
+    assert warm.ok is not True and warm.measured == pytest.approx(values[0] / np.median(values[1:]) - 1)
 
 
 def test_temperatures_are_told_and_what_cannot_be_read_is_said():
