@@ -7,11 +7,12 @@ import inspect as signatures
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
-from profkit import audit, environment, inspection, structure
+from profkit import audit, checks, environment, inspection, structure
 from profkit.anatomy import Anatomy, Calls
 from profkit.clock import DeviceClock
 from profkit.environment import devices_of
@@ -57,6 +58,10 @@ def profile(model: nn.Module, *, granularity: Granularity = "layer", anatomy: An
         result.manifest["calls"] = [call_dict(call) for call in instrument.calls]
         result.manifest["faults"] = ledger.faults
         result.manifest["checks"] = {"repaired": vars(spans.repair), "encoded": encoded(spans, instrument)}
+        try:
+            result.manifest["checks"]["verdicts"] = [asdict(one) for one in checks.verdicts(result)]
+        except Exception as error:
+            ledger.fault(error, "verdicts")
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_js
     with Console(stderr=True).status("starting") as status:
         run = jobs.measure(name, inputs, out, options, status.update)
     if as_json:
-        click.echo(json.dumps(text.as_dict(run), indent=1, allow_nan=False))
+        click.echo(json.dumps(text.as_dict(run, options["corrected"]), indent=1, allow_nan=False))
     else:
         _print_report(run, options["corrected"])
     if options["strict"]:
@@ -198,7 +198,7 @@ def verify(arguments: tuple[str, ...], model: str | None, out: Path | None, as_j
     Example: profkit verify tiny-llava
     """
     from profkit import run as runs
-    from profkit import sample_checks, sample_runs, sample_text
+    from profkit import sample_checks, sample_runs, sample_text, saved_checks
 
     name, inputs = _named(arguments, model)
     result: sample_runs.Saved
@@ -208,7 +208,7 @@ def verify(arguments: tuple[str, ...], model: str | None, out: Path | None, as_j
         with Console(stderr=True).status("starting") as status:
             result = jobs.verify(name, inputs, out, options, status.update)
     if isinstance(result, runs.Run):
-        headline, found = text.headline(result), checks.complete(result)
+        headline, found = text.headline(result), saved_checks.complete(result)
     else:
         headline, found = sample_text.headline(result), sample_checks.verdicts(result)
     if as_json:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import gzip
+import re
+import shutil
 import time
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from builders import small_llava, tiny_llava
@@ -15,8 +19,10 @@ from simulated import Stream
 import profkit
 from profkit import (
     attribution,
+    capture,
     checks,
     clock,
+    comparison,
     corrections,
     decoupled,
     delays,
@@ -26,9 +32,12 @@ from profkit import (
     ledger,
     marking,
     overhead,
+    passes,
     probes,
     samples,
+    saved_checks,
     stopwatches,
+    validation,
 )
 from profkit.anatomy import Calls
 from profkit.errors import InputError
@@ -153,6 +162,76 @@ def test_a_part_that_is_exchanged_meanwhile():
     assert "capture: modules" in failing(run)
 
 
+def test_a_part_that_is_exchanged_in_the_profiled_pass_alone():
+    model, kwargs = small_llava()
+    plain, calls = model.generate, []
+
+    def generate(**given):
+        calls.append(1)
+        # Inspection, warm-up, three pairs: the profiled pass is the ninth.
+        if len(calls) == 9:
+            head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+            head.weight = model.lm_head.weight
+            model.lm_head = head
+        return plain(**given)
+
+    model.generate = generate
+    run = profkit.trace(model, kwargs, repeat=3, warmup=1)
+    assert len(calls) == 9
+    assert "capture: modules" in failing(run)
+
+
+def test_an_error_inside_the_instrument(monkeypatch):
+    monkeypatch.setattr(capture.audit, "audit", lambda *_: 1 / 0)
+    assert "capture: instrument" in failing(traced())
+
+
+def test_device_times_that_do_not_sum():
+    run = traced()
+    spans = run.clean[0]
+    size = len(spans.owner)
+    spans.marks = replace(spans.marks, device_ns=np.arange(size + 1) * 1000)
+    spans.device_ns = np.full(size, 1000)
+    assert by_name(checks.verdicts(run))["sums: device"].ok is True
+    spans.device_ns[size // 2] += 1000 * size
+    assert by_name(checks.verdicts(run))["sums: device"].ok is False
+
+
+def test_a_step_that_is_lost_and_a_stage_that_is_lost():
+    run = traced()
+    spans = run.clean[0]
+    lost = spans.step.copy()
+    lost[lost == 1] = -1
+    spans.__dict__["step"] = lost
+    assert by_name(checks.verdicts(run))["sums: steps"].ok is False
+    stage = spans.stage.copy()
+    stage[stage == stage[len(stage) // 2]] = -1
+    spans.__dict__["stage"] = stage
+    assert by_name(checks.verdicts(run))["sums: stages"].ok is False
+
+
+def test_stages_that_change_places_under_the_profiler():
+    run = traced(profile=True)
+    times = {"clean_ms": [10.0, 2.0, 30.0], "profiled_ms": [3.0, 12.0, 40.0]}
+    table = pd.DataFrame(times, index=["vision", "prefill", "decode"])
+    table.loc["total"] = table.sum()
+    run.dilation = lambda: table.assign(ratio=table["profiled_ms"] / table["clean_ms"])
+    found = by_name(checks.verdicts(run))
+    assert found["dilation: order"].measured == 1 and "vision and prefill" in found["dilation: order"].sentence
+    assert found["dilation: prefill"].measured == 6 and found["dilation: prefill"].ok is None
+
+
+def test_a_clock_too_coarse_for_what_it_timed():
+    run = traced()
+    run.manifest["machine"]["clock_ns"] = 1e9
+    assert by_name(checks.verdicts(run))["steadiness: clock"].ok is False
+
+
+def test_what_torch_says_of_a_trace(monkeypatch):
+    monkeypatch.setattr(validation, "validate_text", lambda text: "order (1 times): an event before its parent")
+    assert "profile: torch's validator" in failing(traced(profile=True))
+
+
 def test_probes_that_cost_too_much(monkeypatch):
     mark = ledger.Ledger.marker
 
@@ -242,6 +321,102 @@ def test_a_tower_that_rests_is_no_fault():
     assert by_name(checks.verdicts(run))["capture: parts that ran"].ok is True
     run.anatomy = replace(run.anatomy, parts=(resting, *(part for part in parts if part is not tower)))
     assert by_name(checks.verdicts(run))["capture: parts that ran"].ok is False
+
+
+def test_a_projector_that_is_never_called_is_no_pass():
+    model, kwargs = small_llava()
+    model.unused = torch.nn.Linear(2, 2)
+    run = profkit.trace(model, kwargs, repeat=1, profile=False, parts={"projector": "unused"})
+    assert "capture: parts that ran" in failing(run)
+    run = profkit.trace(model, kwargs, repeat=1, profile=False)
+    silent = [replace(part, calls=Calls()) if part.role == "projector" else part for part in run.anatomy.parts]
+    run.anatomy = replace(run.anatomy, parts=tuple(silent))
+    found = by_name(checks.verdicts(run))
+    assert found["capture: parts that ran"].ok is True
+    assert found["capture: parts that were called"].ok is None
+
+
+def test_sampling_without_a_seed_is_said():
+    found = {}
+    for seed in (None, 3):
+        model, kwargs = small_llava()
+        run = profkit.trace(model, {**kwargs, "do_sample": True}, repeat=1, profile=False, seed=seed)
+        found[seed] = by_name(checks.kept_verdicts(run))["tokens"]
+    assert found[3].ok is True
+    assert found[None].ok is None and "sampling without a seed" in found[None].sentence
+    model, kwargs = small_llava()
+    model.generation_config.do_sample = True
+    assert passes.samples(model, {}) and not passes.samples(model, kwargs)
+
+
+def test_a_model_that_draws_for_itself_is_not_blamed_on_the_instrument():
+    model, kwargs = small_llava()
+    plain, count = model.generate, iter(range(1000))
+    model.generate = lambda **given: plain(**given) + next(count)
+    run = profkit.trace(model, kwargs, repeat=2, profile=False)
+    found = by_name(checks.kept_verdicts(run))["tokens"]
+    assert found.ok is None and "not deterministic" in found.sentence
+
+
+def test_profile_keeps_its_verdicts_too():
+    model, kwargs = small_llava()
+    inner = model.model.get_image_features
+
+    def wasteful(pixel_values, **others):
+        model.model.vision_tower(pixel_values)
+        return inner(pixel_values, **others)
+
+    model.model.get_image_features = wasteful
+    with profkit.profile(model) as run:
+        model.generate(**kwargs)
+    assert comparison.measured(run).failed == ["encoded twice"]
+    with profkit.profile(model) as nothing:
+        pass
+    assert comparison.Measured("", nothing.manifest, *[pd.DataFrame()] * 2, None).failed == []
+
+
+# -- saved runs ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    model, kwargs = small_llava()
+    profkit.trace(model, kwargs, repeat=1, out=folder)
+    return folder
+
+
+def failing_again(folder) -> list[str]:
+    found = saved_checks.complete(profkit.load(folder))
+    return [one.check for one in found if one.ok is False and one.check.startswith(("capture", "profile", "sums"))]
+
+
+def test_a_saved_run_that_lost_a_mark(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "run")
+    assert failing_again(folder) == []
+    marks = pd.read_parquet(folder / "marks.parquet")
+    marks.drop(index=len(marks) // 2).to_parquet(folder / "marks.parquet", index=False)
+    assert "capture: marks" in failing_again(folder)
+
+
+@pytest.mark.parametrize("how", ["no gzip", "half", "negative"])
+def test_a_saved_trace_that_was_damaged(saved, tmp_path, how):
+    folder = shutil.copytree(saved, tmp_path / "run")
+    whole = (folder / "trace.json.gz").read_bytes()
+    negative = re.sub(rb'"dur": ?', rb'"dur": -', gzip.decompress(whole))
+    damaged = {"no gzip": b"xx", "half": whole[: len(whole) // 2], "negative": gzip.compress(negative)}[how]
+    (folder / "trace.json.gz").write_bytes(damaged)
+    found = failing_again(folder)
+    assert {"no gzip": "profile: trace file", "half": "profile: end of the file", "negative": "profile: durations"}[
+        how
+    ] in found
+
+
+def test_a_saved_trace_that_is_gone_is_said(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "run")
+    (folder / "trace.json.gz").unlink()
+    found = by_name(saved_checks.complete(profkit.load(folder)))["profile: trace file"]
+    assert found.ok is None and "gone" in found.sentence
 
 
 def test_a_tower_that_runs_twice():
