@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,18 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from profkit import annotate, attribution, capture, environment, inspection, kineto, structure, trace_file, validation
+from profkit import (
+    annotate,
+    arguments,
+    attribution,
+    capture,
+    environment,
+    inspection,
+    kineto,
+    structure,
+    trace_file,
+    validation,
+)
 from profkit import run as runs
 from profkit.anatomy import Anatomy, PartNames
 from profkit.cache import CacheWatch
@@ -152,7 +162,7 @@ class Tracing:
             self.profiled(result)
         checks |= {"same_tokens": self.same_tokens(), "same_by_itself": _all_equal(self.tokens["control"])}
         # Behind the profiled pass, whose modules must be the same too; what that compiles is its own affair.
-        checks |= {"changed": self._changed(compiled), "sampling": samples(self.model, self.kwargs)}
+        checks |= {"changed": self._changed(compiled), "sampling": arguments.samples(self.model, self.kwargs)}
         result.manifest["calls"] = [capture.call_dict(self.calls[0])]
         result.manifest["tokens"] = _token_list(self.tokens["clean"][0])
         result.manifest["checks"] = {**result.manifest.get("checks", {}), **checks}
@@ -268,7 +278,7 @@ class Tracing:
     def _prepared(self, ledger: Ledger | None = None) -> dict[str, Any]:
         """Return the arguments of generate(), from the sample if there is one, marked in `ledger`."""
         if self.sample is None:
-            return _fresh(self.kwargs)
+            return arguments.fresh(self.kwargs)
 
         def measured(name: str, stage: str) -> AbstractContextManager[Any]:
             return nullcontext() if ledger is None else ledger.scope(Scope(name, "input", stage))
@@ -304,12 +314,6 @@ class Tracing:
         return _all_equal([one for kind in self.tokens.values() for one in kind])
 
 
-def samples(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether generate() draws its tokens, by its arguments and by the model's configuration."""
-    settings = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    return bool(kwargs.get("do_sample", getattr(settings, "do_sample", False)))
-
-
 def describe_failure(error: Exception, model: nn.Module) -> str:
     """Return one sentence on an exception that generate() raised."""
     name, text = type(model).__name__, " ".join(str(error).split())
@@ -319,11 +323,6 @@ def describe_failure(error: Exception, model: nn.Module) -> str:
             f"--max-new-tokens, or a smaller model ({text[:200]})."
         )
     return f"{name}.generate() failed: {type(error).__name__}: {text[:500]}"
-
-
-def _fresh(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments for one more generate(): a cache given by the user would remember the last one."""
-    return {key: copy.deepcopy(value) if key == "past_key_values" else value for key, value in kwargs.items()}
 
 
 def _all_equal(every: Sequence[torch.Tensor | None]) -> bool | None:

@@ -13,11 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import small_llava, tiny_llava
+import transformers
+from builders import DECODER, FORWARD, GENERATE, Script, small_llava, tiny_llava
 from simulated import Stream
 
 import profkit
 from profkit import (
+    arguments,
     attribution,
     capture,
     checks,
@@ -32,15 +34,17 @@ from profkit import (
     ledger,
     marking,
     overhead,
-    passes,
     probes,
     samples,
     saved_checks,
     stopwatches,
     validation,
+    verification,
+    wrapping,
 )
 from profkit.anatomy import Calls
 from profkit.errors import InputError
+from profkit.probes import sequences
 from profkit.steadiness import steadiness
 from profkit.verdicts import Verdict, bounded, known, within
 
@@ -346,7 +350,7 @@ def test_sampling_without_a_seed_is_said():
     assert found[None].ok is None and "sampling without a seed" in found[None].sentence
     model, kwargs = small_llava()
     model.generation_config.do_sample = True
-    assert passes.samples(model, {}) and not passes.samples(model, kwargs)
+    assert arguments.samples(model, {}) and not arguments.samples(model, kwargs)
 
 
 def test_a_model_that_draws_for_itself_is_not_blamed_on_the_instrument():
@@ -495,7 +499,9 @@ def test_few_repeats_leave_it_open():
 
 def test_the_instrument_changes_nothing(llava):
     found = list(invariance.invariance(*llava))
+    by_memory = found.pop()
     assert {one.ok for one in found} == {True} and len(found) == 13
+    assert by_memory.ok is None and "cannot be known" in by_memory.sentence
 
 
 def test_experiments_see_a_probe_that_spoils(llava, monkeypatch):
@@ -560,9 +566,178 @@ def test_a_tower_that_the_instrument_slows_is_seen_by_the_truth(llava, monkeypat
 
 
 def test_where_the_truth_is_not_to_be_had_it_is_said(llava, monkeypatch):
-    monkeypatch.setattr(decoupled, "_split", lambda *_: (None, "the test says so"))
+    monkeypatch.setattr(decoupled, "_splits", lambda *_: ([], ["the test says so"]))
     (found,) = decoupled.decoupled(*llava)
     assert found.ok is None and "not to be had: the test says so" in found.sentence
+
+
+def test_the_users_mask_goes_with_the_embeddings():
+    model, kwargs = small_llava()
+    padded = {name: torch.nn.functional.pad(kwargs[name], (2, 0)) for name in ("input_ids", "attention_mask")}
+    kwargs |= padded
+    splits, _ = decoupled._splits(model, kwargs, profkit.inspect(model, **kwargs))
+    plain = sequences(model.generate(**kwargs))
+    assert torch.equal(splits[-1].given["attention_mask"], padded["attention_mask"])
+    assert [decoupled._wrong(model, one, plain) for one in splits] == [""] * len(splits)
+
+
+def test_other_tokens_are_no_truth_and_the_next_way_is_tried(llava, monkeypatch):
+    by_features, by_embeddings = decoupled._by_features, decoupled._by_embeddings
+
+    def wrong_features(kwargs, features):
+        split = by_features(kwargs, features)
+        outputs = {name: type(one)(pooler_output=None) for name, one in split.given["mm_encoder_outputs"].items()}
+        return replace(split, given={**split.given, "mm_encoder_outputs": outputs})
+
+    def wrong_embeddings(*args):
+        split = by_embeddings(*args)
+        return replace(split, given={**split.given, "inputs_embeds": split.given["inputs_embeds"].flip(1)})
+
+    monkeypatch.setattr(decoupled, "_by_features", wrong_features)
+    found = by_name(decoupled.decoupled(*llava, repeats=1))
+    assert "from inputs_embeds" in found["decoupled truth: generating"].sentence
+    monkeypatch.setattr(decoupled, "_by_embeddings", wrong_embeddings)
+    (found,) = decoupled.decoupled(*llava, repeats=1)
+    assert found.ok is None and "from mm_encoder_outputs failed" in found.sentence
+    assert "from inputs_embeds gives other tokens than the whole" in found.sentence
+
+
+def test_a_model_that_draws_for_itself_has_no_truth(llava):
+    model, kwargs, anatomy = llava
+    plain, count = model.generate, iter(range(1000))
+    model.generate = lambda **given: plain(**given) + next(count)
+    try:
+        (found,) = decoupled.decoupled(model, kwargs, anatomy)
+    finally:
+        del model.generate
+    assert found.ok is None and "not deterministic" in found.sentence
+
+
+class ScriptedWatch:
+    """A stopwatch on a clock that only the test moves."""
+
+    on_device = False
+
+    def __init__(self):
+        self.time_ns = 0
+
+    def now(self):
+        return self.time_ns
+
+    def wait(self, wait_ns):
+        self.time_ns += wait_ns
+
+    def elapsed_ns(self, begin, end):
+        return end - begin
+
+
+@pytest.mark.parametrize("leak_ms", [0, 100])
+def test_a_delay_that_leaks_into_another_layer_of_its_stage(monkeypatch, leak_ms):
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()])
+    watch = ScriptedWatch()
+
+    def spans(model, kwargs, anatomy):
+        script = Script()
+        script.enter(GENERATE, watch.time_ns, tokens=1)
+        for _ in range(2):
+            script.enter(FORWARD, watch.time_ns)
+            script.enter(DECODER, watch.time_ns, tokens=1)
+            for number, layer in enumerate(model.layers):
+                scope = ledger.Scope(f"layers.{number}", "layer")
+                script.enter(scope, watch.time_ns)
+                watch.time_ns += 5_000_000
+                layer.forward(torch.zeros(1))
+                slow = "forward" in model.layers[1].__dict__
+                watch.time_ns += leak_ms * 500_000 if slow and number == 0 else 0
+                script.leave(scope, watch.time_ns)
+            script.leave(DECODER, watch.time_ns)
+            script.leave(FORWARD, watch.time_ns)
+        script.leave(GENERATE, watch.time_ns)
+        return script.spans()
+
+    monkeypatch.setattr(delays, "_spans", spans)
+    found = by_name(delays._one(model, {}, None, "decoder layer", "layers.1", watch, 1, 100_000_000, 6))
+    # Its own 5 ms are outside of forward() here, twice.
+    assert found["delay: decoder layer"].measured == 10
+    elsewhere = found["delay: decoder layer, elsewhere"]
+    assert elsewhere.ok is (leak_ms == 0)
+    assert elsewhere.measured == leak_ms / 200
+    assert leak_ms == 0 or "layers.0 in decode: +50.00 ms" in elsewhere.sentence
+
+
+def test_hooks_and_modules_that_stay_behind_are_noticed(monkeypatch):
+    model, kwargs = small_llava()
+    anatomy = profkit.inspect(model, **kwargs)
+    off = wrapping.Wrappers.remove
+
+    def hooking(self):
+        off(self)
+        model.lm_head.register_forward_hook(lambda *_: None)
+
+    monkeypatch.setattr(wrapping.Wrappers, "remove", hooking)
+    found = by_name(invariance.invariance(model, kwargs, anatomy))["same model"]
+    assert found.ok is False and "lm_head" in found.sentence
+
+
+def test_a_probe_that_stays_on_is_noticed(monkeypatch):
+    model, kwargs = small_llava()
+    anatomy = profkit.inspect(model, **kwargs)
+    monkeypatch.setattr(wrapping.Wrappers, "remove", lambda self: None)
+    assert by_name(invariance.invariance(model, kwargs, anatomy))["same model"].ok is False
+
+
+def test_memory_that_stays_taken_is_noticed(monkeypatch):
+    model, kwargs = small_llava()
+    anatomy = profkit.inspect(model, **kwargs)
+    used = iter([1000, 1512])
+    monkeypatch.setattr(invariance, "_device_bytes", lambda model: next(used))
+    found = by_name(invariance.invariance(model, kwargs, anatomy))["same memory"]
+    assert found.ok is False and found.measured == 512
+
+
+def test_experiments_take_a_cache_of_the_users_and_drop_what_greedy_decoding_does_not_take(monkeypatch):
+    model, kwargs = small_llava()
+    several = {**kwargs, "do_sample": True, "num_return_sequences": 2}
+    assert arguments.greedy(model, several)["num_return_sequences"] == 1
+    assert arguments.greedy(model, {**several, "num_beams": 2})["num_return_sequences"] == 2
+    short = functools.partial(delays.delays, wait_ms=1.0)
+    monkeypatch.setattr(verification, "delays", short)
+    for given in (several, {**kwargs, "past_key_values": transformers.DynamicCache()}):
+        run = profkit.trace(model, given, repeat=1, profile=False, seed=0)
+        found = by_name(verification.verify(model, given, run, repeats=1))
+        assert found["same tokens: greedy, layer"].ok and found["same tokens: sampling, layer"].ok
+        assert not [one for one in found if one.startswith("experiment")]
+        assert {"delay: head", "overhead: decode", "decoupled truth: generating"} <= set(found)
+
+
+def test_an_experiment_that_fails_is_open_and_the_others_go_on(monkeypatch):
+    model, kwargs = small_llava()
+    run = profkit.trace(model, kwargs, repeat=1, profile=False)
+
+    def failing_after_one(*args, **others):
+        yield known("delay: head", 1.0, "ms", "")
+        raise ValueError("no more")
+
+    monkeypatch.setattr(verification, "delays", failing_after_one)
+    monkeypatch.setattr(verification, "decoupled", failing_after_one)
+    found = by_name(verification.verify(model, kwargs, run, repeats=1))
+    one = found["experiment: known delays"]
+    assert one.ok is None and "ValueError: no more" in one.sentence and "delay: head" in found
+    assert "experiment: media encoded alone" in {one.check for one in checks.kept_verdicts(run)}
+
+
+def test_outputs_of_unequal_length_are_not_held_together(monkeypatch):
+    model, kwargs = small_llava()
+    anatomy = profkit.inspect(model, **kwargs)
+    plain, lengths = model.generate, iter(range(3, 9))
+
+    def generate(**given):
+        return plain(**{**given, "max_new_tokens": next(lengths), "min_new_tokens": 1})
+
+    model.generate = generate
+    (found,) = overhead.overhead_by_stage(model, kwargs, anatomy, "layer", repeats=2)
+    assert found.ok is None and "from 3 to 6 steps" in found.sentence
 
 
 def test_delays_are_found_where_they_are(llava):

@@ -16,6 +16,7 @@ FLOORS = {
     2: {
         *("ledger", "events", "anatomy", "trail", "wrapping", "clock", "environment", "processors"),
         *("event_streams", "videos", "eventgpt", "page", "options", "encodings", "steadiness"),
+        "arguments",
     },
     3: {
         "stopwatches",
