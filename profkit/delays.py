@@ -216,10 +216,14 @@ def _elsewhere(change_ms: pd.Series) -> pd.Series:
 
 
 def _named(labels: pd.Index, change_ms: np.ndarray, worst: int) -> str:
-    """Return where a change is: that of a whole stage with the scope that changed most."""
-    scopes = [number for number, label in enumerate(labels) if not str(label).startswith("stage ")]
-    most = max(scopes, key=lambda number: abs(change_ms[number]), default=worst)
-    return str(labels[worst]) if worst in scopes else f"{labels[worst]}, most in {labels[most]}"
+    """Return where a change is: that of a whole stage with the scope in it that changed most."""
+    name = str(labels[worst])
+    if not name.startswith("stage "):
+        return name
+    inside = f" in {name.removeprefix('stage ')}"
+    scopes = [number for number, label in enumerate(labels) if str(label).endswith(inside)]
+    most = max(scopes, key=lambda number: abs(change_ms[number]))
+    return f"{name}, most of it in {str(labels[most]).removesuffix(inside)}"
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from profkit.run import Run
 from profkit.verdicts import Verdict, bounded, unsettled
 
 TRACE = "trace.json.gz"
+OF_DATA = ("sums", "tokens", "dilation", "steadiness", "capture", "profile", "encoded")
+"""Checks that need no model: what a run kept of them may be an older profkit's word."""
 
 
 def complete(run: Run) -> list[Verdict]:
@@ -22,7 +24,8 @@ def complete(run: Run) -> list[Verdict]:
     found = [again.pop(one.check, one) for one in verdicts(run)]
     found += again.values()
     known_again = {one.check for one in found}
-    return [*found, *(one for one in kept_verdicts(run) if one.check not in known_again)]
+    kept = (one for one in kept_verdicts(run) if not one.check.startswith(OF_DATA))
+    return [*found, *(one for one in kept if one.check not in known_again)]
 
 
 def _of_trace(run: Run) -> Iterator[Verdict]:
