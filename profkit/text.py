@@ -237,9 +237,15 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     table.add_column("check")
     table.add_column("measured (at most)", justify="right")
     table.add_column("", overflow="fold")
-    marks = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "[dim]–[/dim]"}
+    marks = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "[yellow]open[/yellow]"}
     for one in verdicts:
-        table.add_row(marks[one.ok], escape(one.check), escape(figure(one)), escape(one.sentence))
+        only_known = one.ok is None and one.allowed != one.allowed
+        table.add_row(
+            "[dim]–[/dim]" if only_known else marks[one.ok],
+            escape(one.check),
+            escape(figure(one)),
+            escape(one.sentence),
+        )
     return table
 
 

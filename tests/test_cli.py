@@ -91,6 +91,10 @@ def test_corrected_times_are_shown_beside_the_others(tmp_path):
     assert status == 0
     assert "corrected ms" in out and "less what marks cost" in out
     assert "corrected ms" not in invoke("trace", *QUICK, "--no-profile")[1]
+    for more in ((), ("--corrected",)):
+        told = json.loads(invoke("trace", *QUICK, "--no-profile", "--json", *more)[1])["stages"]
+        assert all(("corrected_ms" in row) == bool(more) for row in told)
+    assert all(row["corrected_ms"] <= row["host_ms"] for row in told)
 
 
 def test_images_and_prompts_of_the_users_own(tmp_path):

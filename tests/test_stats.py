@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import binom
 
 from profkit import stats
+from profkit.verdicts import within
 
 DRAWS = 400
 LEAST = 0.93
@@ -65,3 +66,13 @@ def test_far_values():
     values = np.array([100, 101, 99, 100, 120, 100, 101])
     assert np.flatnonzero(stats.far(values, 5, 0.05)).tolist() == [4]
     assert not stats.far(values, 5, 0.3).any()
+
+
+@pytest.mark.parametrize(("noise", "ok"), [(0.015, True), (0.2, None)])
+def test_fifteen_pairs_of_a_quiet_machine_keep_a_bound_and_those_of_a_noisy_one_leave_it_open(noise, ok):
+    ratios = [1 + noise * np.random.default_rng(seed).standard_normal(15) for seed in range(100)]
+    found = [
+        within("", stats.median(one) - 1, tuple(edge - 1 for edge in stats.median_interval(one)), 0.03, "", "").ok
+        for one in ratios
+    ]
+    assert found.count(ok) >= 95 and found.count(False) <= 2
