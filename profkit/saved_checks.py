@@ -20,12 +20,18 @@ def complete(run: Run) -> list[Verdict]:
 
     The trace of a saved run is read and validated again, which takes as long as `profkit analyze`.
     """
-    again = {one.check: one for one in _of_trace(run)}
+    again = {one.check: one for one in (*_of_tables(run), *_of_trace(run))}
     found = [again.pop(one.check, one) for one in verdicts(run)]
     found += again.values()
     known_again = {one.check for one in found}
     kept = (one for one in kept_verdicts(run) if not one.check.startswith(OF_DATA))
     return [*found, *(one for one in kept if one.check not in known_again)]
+
+
+def _of_tables(run: Run) -> Iterator[Verdict]:
+    if run.path is not None:
+        said = run.unreadable[0] if run.unreadable else "tables of the run that could not be read, or lost marks"
+        yield bounded("capture: saved tables", len(run.unreadable), 0, "tables", said)
 
 
 def _of_trace(run: Run) -> Iterator[Verdict]:

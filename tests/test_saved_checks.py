@@ -40,6 +40,15 @@ def test_a_saved_run_that_lost_a_mark(saved, tmp_path):
     assert "capture: marks" in failing_again(folder)
 
 
+def test_a_saved_run_that_lost_both_marks_of_a_call(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "run")
+    marks = pd.read_parquet(folder / "marks.parquet")
+    code = marks["code"].to_numpy()
+    entered = next(row for row in range(len(code) // 2, len(code)) if code[row] == -code[row + 1] > 0)
+    marks.drop(index=[entered, entered + 1]).to_parquet(folder / "marks.parquet", index=False)
+    assert failing_again(folder) == ["capture: saved tables"]
+
+
 @pytest.mark.parametrize("how", ["no gzip", "half", "negative"])
 def test_a_saved_trace_that_was_damaged(saved, tmp_path, how):
     folder = shutil.copytree(saved, tmp_path / "run")
