@@ -7,12 +7,13 @@ import inspect as signatures
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from profkit import audit, environment, inspection, structure
+from profkit import audit, checks, environment, inspection, structure
 from profkit.anatomy import Anatomy, Calls
 from profkit.clock import DeviceClock
 from profkit.environment import devices_of
@@ -58,6 +59,10 @@ def profile(model: nn.Module, *, granularity: Granularity = "layer", anatomy: An
         result.manifest["calls"] = [call_dict(call) for call in instrument.calls]
         result.manifest["faults"], result.manifest["notes"] = ledger.faults, not_split(model, spans)
         result.manifest["checks"] = {"repaired": vars(spans.repair), "encoded": encoded(spans, instrument)}
+        try:
+            result.manifest["checks"]["verdicts"] = [asdict(one) for one in checks.verdicts(result)]
+        except Exception as error:
+            ledger.fault(error, "verdicts")
 
 
 @contextmanager

@@ -13,12 +13,14 @@ from profkit.ledger import NO_TIME
 from profkit.run import Run
 from profkit.spans import Spans
 from profkit.steadiness import steadiness
-from profkit.verdicts import Verdict, at_most, bounded, known
+from profkit.verdicts import Verdict, at_most, bounded, known, unsettled
 
 DEVICE_SUMS = 0.001
 COST = {"stage": 0.01, "layer": 0.02, "module": 0.10}
 """What the instrument may add to generate(), as a share, by granularity."""
 MUST_RUN = ("vision_tower", "audio_tower", "decoder_layers", "lm_head")
+MAY_BE_USED = ("projector", "embed")
+"""Parts whose weights a model may use without calling them: they run unseen, and their time stands elsewhere."""
 NOTABLE = 0.05
 """Stages with less than this share of the time may change places under the profiler."""
 
@@ -27,13 +29,6 @@ def verdicts(run: Run) -> list[Verdict]:
     """Return every verdict that a run allows, saved ones included: none needs the model."""
     every = [*_sums(run), _tokens(run), _overhead(run), *_calibrated(run), *_dilation(run), *_steady(run)]
     return [*every, *_capture(run), *_encoded(run)]
-
-
-def complete(run: Run) -> list[Verdict]:
-    """Return what the run's data tell now, and of what was kept in it the experiments, which need the model."""
-    found = verdicts(run)
-    known_again = {one.check for one in found}
-    return [*found, *(one for one in kept_verdicts(run) if one.check not in known_again)]
 
 
 def kept_verdicts(run: Run) -> list[Verdict]:
@@ -92,12 +87,22 @@ def _device_residual(spans: Spans) -> float:
 
 
 def _tokens(run: Run) -> Verdict:
-    same = run.manifest.get("checks", {}).get("same_tokens")
+    checks = run.manifest.get("checks", {})
+    same = checks.get("same_tokens")
     if same is None:
         return known("tokens", float("nan"), "passes", "there are no tokens to compare")
-    plan = run.manifest.get("plan") or {}
-    random = "" if plan.get("seed") is None else f", each from seed {plan['seed']}"
-    return bounded("tokens", float(not same), 0, "passes", f"tokens with and without the instrument{random}")
+    if checks.get("same_by_itself") is False:
+        said = (
+            "the model is not deterministic: it gives other tokens without the instrument too, so nothing can be said"
+        )
+        return unsettled("tokens", float("nan"), 0, "passes", said)
+    seed = (run.manifest.get("plan") or {}).get("seed")
+    random = "" if seed is None else f", each from seed {seed}"
+    said = f"tokens with and without the instrument{random}"
+    if same and seed is None and checks.get("sampling"):
+        said += ": equal from one random state, but sampling without a seed, so no other run can have them: give a seed"
+        return unsettled("tokens", 0, 0, "passes", said)
+    return bounded("tokens", float(not same), 0, "passes", said)
 
 
 def _overhead(run: Run) -> Verdict:
@@ -128,6 +133,9 @@ def _dilation(run: Run) -> Iterator[Verdict]:
         return
     ratio = float(table["ratio"]["total"])
     yield known("dilation", ratio, "x", "recorded steps under the profiler over clean ones: never quote profiled times")
+    for name, row in table.drop("total").iterrows():
+        said = f"{row['profiled_ms']:.2f} ms under the profiler, {row['clean_ms']:.2f} ms clean"
+        yield known(f"dilation: {name}", float(row["ratio"]), "x", said)
     shares = table.drop("total")[["clean_ms", "profiled_ms"]].fillna(0)
     shares = shares / shares.sum()
     shares = shares[(shares > NOTABLE).any(axis=1)]
@@ -153,18 +161,14 @@ def _steady(run: Run) -> Iterator[Verdict]:
 
 def _capture(run: Run) -> Iterator[Verdict]:
     checks: dict[str, Any] = run.manifest.get("checks", {})
-    repaired = checks.get("repaired", {})
-    if repaired:
+    if mended := _mended(run):
         said = "scopes that were left open or never entered, and had to be mended"
-        yield bounded("capture: marks", sum(repaired.values()), 0, "marks", said)
+        yield bounded("capture: marks", sum(mended.values()), 0, "marks", said)
     faults = run.manifest.get("faults", [])
     said = f"errors inside the instrument{': ' + faults[0] if faults else ''}"
     yield bounded("capture: instrument", len(faults), 0, "errors", said)
-    ran = {part.role for part in run.anatomy.parts if part.fired != 0}
-    silent = [part.path for part in run.anatomy.parts if part.role in MUST_RUN and part.role not in ran]
-    # One of two towers may rest: Video-LLaVA has one for images and one for videos.
-    said = f"parts that never ran during generate(), nor another of their role{': ' * bool(silent)}{', '.join(silent)}"
-    yield bounded("capture: parts that ran", len(silent), 0, "parts", said)
+    if any((spans.root >= 0).any() for spans in run.clean):
+        yield from _ran(run)
     if (changed := checks.get("changed")) is not None:
         said = f"modules that were exchanged, or compiled again, during the run{': ' + changed[0] if changed else ''}"
         yield bounded("capture: modules", len(changed), 0, "modules", said)
@@ -175,6 +179,28 @@ def _capture(run: Run) -> Iterator[Verdict]:
     said_trace = str(checks.get("trace", "not checked"))
     if not said_trace.startswith("not "):
         yield bounded("profile: torch's validator", float(said_trace != "passed"), 0, "traces", said_trace)
+
+
+def _mended(run: Run) -> dict[str, int]:
+    """Return what had to be mended: when the run was made, or now, in marks that were damaged since."""
+    mended = dict(run.manifest.get("checks", {}).get("repaired") or {})
+    for one in run.passes:
+        for name, count in vars(one.spans.repair).items() if one.spans is not None else ():
+            mended[name] = max(mended.get(name, 0), count)
+    return mended
+
+
+def _ran(run: Run) -> Iterator[Verdict]:
+    """Yield whether parts ran. One of two may rest: Video-LLaVA has a tower for images and one for videos."""
+    ran = {part.role for part in run.anatomy.parts if part.fired != 0}
+    silent = [part for part in run.anatomy.parts if part.role not in ran]
+    missing = [one.path for one in silent if one.role in MUST_RUN or one.found_by == "user"]
+    said = f"parts that never ran during generate(), nor another of their role{': ' * bool(missing)}"
+    yield bounded("capture: parts that ran", len(missing), 0, "parts", said + ", ".join(missing))
+    unseen = [one.path for one in silent if one.role in MAY_BE_USED and one.path not in missing]
+    if unseen:
+        said = f"never called, so their time, if their weights are used, stands elsewhere: {', '.join(unseen)}"
+        yield unsettled("capture: parts that were called", len(unseen), 0, "parts", said)
 
 
 def _encoded(run: Run) -> Iterator[Verdict]:

@@ -45,7 +45,7 @@ for command in (cli_reading.analyze, cli_reading.compare, cli_reading.report, cl
 @click.option("--min-new-tokens", type=click.IntRange(1), help="Go on at least so long, past an end token: equal work.")
 @click.option("--cache", help="generate()'s cache_implementation: static lets it compile its decode step on a device.")
 @click.option("--warmup", type=click.IntRange(0), default=1, help="Passes before measuring.")
-@click.option("--repeat", type=click.IntRange(1), default=5, help="Clean passes, each beside a control.")
+@click.option("--repeat", type=click.IntRange(1), default=6, help="Clean passes, each beside a control.")
 @click.option("--granularity", type=click.Choice(["stage", "layer", "module"]), default="layer")
 @click.option("--profile/--no-profile", default=True, help="A pass inside torch.profiler.")
 @click.option("--profile-steps", default="0-4", help="Steps that this pass records; 0 is the prefill.")
@@ -99,7 +99,7 @@ def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_js
     with Console(stderr=True).status("starting") as status:
         run = jobs.measure(name, inputs, out, options, status.update)
     if as_json:
-        click.echo(json.dumps(text.as_dict(run), indent=1, allow_nan=False))
+        click.echo(json.dumps(text.as_dict(run, options["corrected"]), indent=1, allow_nan=False))
     else:
         _print_report(run, options["corrected"])
     if options["strict"]:
@@ -199,7 +199,7 @@ def verify(arguments: tuple[str, ...], model: str | None, out: Path | None, as_j
     Example: profkit verify tiny-llava
     """
     from profkit import run as runs
-    from profkit import sample_checks, sample_runs, sample_text
+    from profkit import sample_checks, sample_runs, sample_text, saved_checks
 
     name, inputs = _named(arguments, model)
     result: sample_runs.Saved
@@ -209,7 +209,7 @@ def verify(arguments: tuple[str, ...], model: str | None, out: Path | None, as_j
         with Console(stderr=True).status("starting") as status:
             result = jobs.verify(name, inputs, out, options, status.update)
     if isinstance(result, runs.Run):
-        headline, found = text.headline(result), checks.complete(result)
+        headline, found = text.headline(result), saved_checks.complete(result)
     else:
         headline, found = sample_text.headline(result), sample_checks.verdicts(result)
     if as_json:

@@ -125,8 +125,8 @@ def _present(times: pd.DataFrame) -> pd.DataFrame:
 def compare(base: Measured, other: Measured) -> pd.DataFrame:
     """Return a row a stage, one for the total, and rows of equal work.
 
-    Columns: base_ms and other_ms (medians), base_low, base_high, other_low, other_high (95 % bootstrap intervals of
-    the medians), ratio (other over base), ratio_low, ratio_high, differs (stats.differ(), at a level lowered for the
+    Columns: base_ms and other_ms (medians), base_low, base_high, other_low, other_high (95 % intervals of the
+    medians), ratio (other over base), ratio_low, ratio_high, differs (stats.differ(), at a level lowered for the
     number of rows, so that in 95 % of comparisons of one thing with itself no row differs).
     Where both runs measured the same samples, or repeats in turn, ratios are paired: the median of the pairs' own.
     """

@@ -25,7 +25,7 @@ def report(base: Measured, others: Sequence[Measured]) -> Iterator[Table | str]:
                 yield f"[red]{escape(one.name)} failed checks: {escape(', '.join(one.failed))}[/red]"
         for said in unlike(base, other):
             yield f"[yellow]not alike: {escape(said)}[/yellow]"
-    yield "[dim]medians of host time with 95 % bootstrap intervals; * marks what differs beyond chance[/dim]"
+    yield "[dim]medians of host time with 95 % intervals; * marks what differs beyond chance[/dim]"
     if base.ids is None:
         said = "runs made one after the other: what the machine did meanwhile looks like a difference"
         yield f"[dim]{said}; profkit.trace_together() measures in turn[/dim]"

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from profkit import stats, tables
+from profkit import arguments, stats, tables
 from profkit.anatomy import Anatomy
 from profkit.capture import profile
 from profkit.environment import device_of, synchronize
@@ -48,13 +48,24 @@ class Seen:
 class Split:
     """The two halves of a generate(), each to be run alone. `covers` are the stages that the first half is.
 
-    The second half calls model.generate(), which inside `_text_generate()` is that of transformers.
+    The second half is model.generate() with `given`, which inside `_text_generate()` is that of transformers.
     """
 
     way: str
     encode: Callable[[], Any]
-    generate: Callable[[], Any]
+    given: Mapping[str, Any]
     covers: tuple[str, ...]
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of the second half, for one call."""
+        return {
+            name: dict(value) if isinstance(value, dict) else value
+            for name, value in arguments.fresh(self.given).items()
+        }
+
+    def going_on(self, model: Any) -> Callable[[], Any]:
+        """Return the second half, ready to be called once."""
+        return functools.partial(model.generate, **self.arguments())
 
 
 def decoupled(
@@ -65,23 +76,32 @@ def decoupled(
     Two halves are run by themselves, in turn with the whole: the media are encoded; generate() goes on from their
     features (`mm_encoder_outputs`, else `inputs_embeds`), which must give the same tokens. `kwargs` must be greedy.
     """
-    plain = _tokens(model.generate(**kwargs))  # type: ignore[operator]
-    split, why_not = _split(model, kwargs, anatomy)
-    if split is None:
-        yield known("decoupled truth", float("nan"), "", f"not to be had: {why_not}")
-        return
+    plain, again = (_tokens(model.generate(**arguments.fresh(kwargs))) for _ in range(2))  # type: ignore[operator]
+    if plain is None or again is None or not torch.equal(plain, again):
+        why_not = ["the model is not deterministic: it gives other tokens each time by itself"]
+        if plain is None:
+            why_not = ["generate() gives no tokens to compare"]
+    else:
+        splits, why_not = _splits(model, kwargs, anatomy)
+        for split in splits:
+            wrong = _wrong(model, split, plain)
+            if not wrong:
+                yield from _compared(model, kwargs, anatomy, split, repeats)
+                return
+            why_not.append(wrong)
+    yield known("decoupled truth", float("nan"), "", f"not to be had: {'; '.join(why_not)}")
+
+
+def _wrong(model: nn.Module, split: Split, plain: torch.Tensor) -> str:
+    """Return why the second half is not the same as in the whole, "" if it is."""
     try:
         with _text_generate(model):
-            tokens = _tokens(split.generate())
+            tokens = _tokens(split.going_on(model)())
     except Exception as error:
-        said = f"not to be had: generate() from {split.way} failed: {type(error).__name__}: {str(error)[:100]}"
-        yield known("decoupled truth", float("nan"), "", said)
-        return
-    if plain is None or tokens is None or not torch.equal(plain[:, -tokens.shape[1] :], tokens):
-        said = f"not to be had: generate() from {split.way} gives other tokens than the whole"
-        yield known("decoupled truth", float("nan"), "", said)
-        return
-    yield from _compared(model, kwargs, anatomy, split, repeats)
+        return f"generate() from {split.way} failed: {type(error).__name__}: {str(error)[:100]}"
+    if tokens is None or not torch.equal(plain[:, -tokens.shape[1] :], tokens):
+        return f"generate() from {split.way} gives other tokens than the whole"
+    return ""
 
 
 def _compared(
@@ -95,8 +115,9 @@ def _compared(
     for number in range(repeats):
         times: dict[str, float] = {}
 
-        def alone(name: str, half: Callable[[], Any], times: dict[str, float] = times) -> None:
+        def alone(name: str, times: dict[str, float] = times) -> None:
             with _text_generate(model):
+                half = split.encode if name == "encode" else split.going_on(model)
                 begin = perf_counter_ns()
                 half()
                 synchronize(device)
@@ -104,20 +125,15 @@ def _compared(
 
         def whole(times: dict[str, float] = times) -> None:
             with profile(model, granularity="stage", anatomy=anatomy) as run:
-                model.generate(**kwargs)  # type: ignore[operator]
+                model.generate(**arguments.fresh(kwargs))  # type: ignore[operator]
             times |= _by_stage("whole", run)
 
         def half(times: dict[str, float] = times) -> None:
             with _text_generate(model), profile(model, granularity="stage", anatomy=anatomy) as run:
-                split.generate()
+                split.going_on(model)()
             times |= _by_stage("half", run)
 
-        turns: list[Callable[[], None]] = [
-            whole,
-            lambda: alone("encode", split.encode),
-            lambda: alone("generate", split.generate),
-            half,
-        ]
+        turns: list[Callable[[], None]] = [whole, lambda: alone("encode"), lambda: alone("generate"), half]
         for turn in turns if number % 2 == 0 else reversed(turns):
             turn()
         total = sum(value for name, value in times.items() if name.startswith("whole "))
@@ -165,32 +181,36 @@ def _tokens(output: Any) -> torch.Tensor | None:
 # -- the halves --------------------------------------------------------------------------------------
 
 
-def _split(model: nn.Module, kwargs: Mapping[str, Any], anatomy: Anatomy) -> tuple[Split | None, str]:
-    """Return the halves of a generate(), or why there are none."""
+def _splits(model: nn.Module, kwargs: Mapping[str, Any], anatomy: Anatomy) -> tuple[list[Split], list[str]]:
+    """Return the halves of a generate(), in the ways to be tried in turn, and why there are no more."""
     features, parts, passes = _watched(model, kwargs, anatomy)
+    found = []
     if features and "mm_encoder_outputs" in inspect.signature(model.forward).parameters:
-        return _by_features(model, kwargs, features), ""
+        found.append(_by_features(kwargs, features))
     if not passes or not isinstance(passes[0].kwargs.get("inputs_embeds"), torch.Tensor):
-        return None, "the decoder is given no embeddings, and the model takes no features"
+        return found, [] if found else ["the decoder is given no embeddings, and the model takes no features"]
     if not (features or parts):
-        return None, "no part was seen to encode media"
+        return found, ["no part was seen to encode media"]
+    return [*found, _by_embeddings(kwargs, features, parts, passes[0].kwargs["inputs_embeds"])], []
+
+
+def _by_embeddings(
+    kwargs: Mapping[str, Any], features: Sequence[Seen], parts: Sequence[Seen], embedded: torch.Tensor
+) -> Split:
     # Parts alone leave out what lies between them: only they can be held against their own time.
     alone, covers = (features, ENCODING) if features else (parts, ENCODING[:-1])
-    embeds = passes[0].kwargs["inputs_embeds"].detach().clone()
+    embeds = embedded.detach().clone()
     known_names = {
         *vars(transformers.GenerationConfig()),
         *inspect.signature(transformers.GenerationMixin.generate).parameters,
     }
     options = {name: value for name, value in kwargs.items() if name in known_names and not _is_input(value)}
-    given = {
-        "inputs_embeds": embeds,
-        "attention_mask": torch.ones(embeds.shape[:2], dtype=torch.long).to(embeds.device),
-    }
-
-    def generate() -> Any:
-        return model.generate(**given, **options)  # type: ignore[operator]
-
-    return Split("inputs_embeds", _again(alone), generate, covers), ""
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.shape != embeds.shape[:2]:
+        # The user's is of ids, of which one may stand for many embeddings.
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long).to(embeds.device)
+    given = {"inputs_embeds": embeds, "attention_mask": mask, **options}
+    return Split("inputs_embeds", _again(alone), given, covers)
 
 
 @contextmanager
@@ -207,16 +227,12 @@ def _text_generate(model: nn.Module) -> Iterator[None]:
         del model.__dict__["generate"]
 
 
-def _by_features(model: nn.Module, kwargs: Mapping[str, Any], features: Sequence[Seen]) -> Split:
+def _by_features(kwargs: Mapping[str, Any], features: Sequence[Seen]) -> Split:
     outputs = {_modality(one.name): one.output for one in features}
     # What went to the encoders is theirs alone.
     taken = {name for one in features for name in inspect.signature(one.call).parameters}
     given = {name: value for name, value in kwargs.items() if name not in taken}
-
-    def generate() -> Any:
-        return model.generate(**given, mm_encoder_outputs=dict(outputs))  # type: ignore[operator]
-
-    return Split("mm_encoder_outputs", _again(features), generate, ENCODING)
+    return Split("mm_encoder_outputs", _again(features), {**given, "mm_encoder_outputs": outputs}, ENCODING)
 
 
 def _modality(name: str) -> str:
@@ -278,7 +294,7 @@ def _watched(
                 watch(model.get_submodule(part.path), "forward", parts, nested=True)
             elif part.role == "decoder" and not passes:
                 watch(model.get_submodule(part.path), "forward", passes, nested=True)
-        model.generate(**kwargs)  # type: ignore[operator]
+        model.generate(**arguments.fresh(kwargs))  # type: ignore[operator]
     finally:
         wrappers.remove()
     return features, parts, passes

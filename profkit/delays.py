@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import transformers
 from torch import nn
 
-from profkit import stages, stats, tables
+from profkit import arguments, stages, stats, tables
 from profkit.anatomy import Anatomy
 from profkit.capture import profile
 from profkit.environment import device_of
+from profkit.ledger import NO_TIME
 from profkit.spans import Spans
 from profkit.stopwatches import Stopwatch, stopwatch_for
 from profkit.verdicts import Verdict, bounded, known, within
@@ -88,8 +90,8 @@ def delays(
     WAIT_MS or DEVICE_WAIT_MS.
 
     Two verdicts each. What was found: the time attributed to the delayed scope, less what the scope's own work took
-    (read inside it), against the time really waited. What leaked: the largest change of any other stage, against runs
-    without the delay, in alternation; its median over `repeats`.
+    (read inside it), against the time really waited. What leaked: the largest change of any other scope in any stage,
+    and of any stage as a whole, against runs without the delay, in alternation; its median over `repeats`.
     """
     watch = stopwatch_for(device_of(model))
     if watch is None:
@@ -123,7 +125,7 @@ def _targets(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
 def _calls(model: nn.Module, kwargs: Mapping[str, Any], anatomy: Anatomy, path: str) -> int:
     """Return how often a part runs in one generate(); a logits processor runs as often as the head."""
     with profile(model, granularity="layer", anatomy=anatomy) as run:
-        model.generate(**kwargs)  # type: ignore[operator]
+        model.generate(**arguments.fresh(kwargs))  # type: ignore[operator]
     modules = run.modules().set_index("path")["calls"]
     return int(modules.get(path or str(anatomy.path("lm_head")), 0))
 
@@ -147,12 +149,12 @@ def _one(
         for slow in (False, True) if number % 2 == 0 else (True, False):
             with _delayed(model, kwargs, path, waits, wait_ns) if slow else nullcontext(kwargs) as given:
                 pair[slow] = _spans(model, given, anatomy)
-        late, plain = (tables.stage_ns(pair[which], clock=clock) for which in (True, False))
-        change_ms = (late - plain) / tables.MS
-        mine = _stages_of(pair[True], path)
-        found.append(_found_ms(pair[True], path, waits) if path else float(change_ms[stages.INDEX["select"]]))
+        late, plain = (_own_ms(pair[which], clock) for which in (True, False))
+        change_ms = late.sub(plain, fill_value=0.0)
+        mine = _is_delayed(change_ms.index, path)
+        found.append(_found_ms(pair[True], path, waits) if path else float(change_ms[mine].sum()))
         waited.append(waits.waited_ns / tables.MS)
-        changes.append(np.where(mine, 0.0, change_ms))
+        changes.append(_elsewhere(change_ms[~mine]))
     truth = stats.median(waited)
     allowed = max(RECOVERED * truth, RECOVERED_MS)
     where = path or "a logits processor"
@@ -164,10 +166,11 @@ def _one(
         # A module's own work is read in every run; what selecting took without the delay only in its pair.
         off = np.array(found) - np.array(waited)
         yield within(f"delay: {name}", stats.median(off), stats.median_interval(off), allowed, "ms", said)
-    middle = np.median(np.array(changes), axis=0)
+    changed = pd.DataFrame(changes).fillna(0.0)
+    middle = stats.medians(changed.to_numpy())
     worst = int(np.abs(middle).argmax())
-    low, high = stats.median_interval(np.array(changes)[:, worst])
-    said = f"the largest change of another stage, {stages.NAMES[worst]}: {middle[worst]:+.2f} ms"
+    low, high = stats.median_interval(changed.iloc[:, worst].to_numpy())
+    said = f"the largest change elsewhere, {_named(changed.columns, middle, worst)}: {middle[worst]:+.2f} ms"
     said += f" (95 % interval {low:+.2f} to {high:+.2f} ms)"
     share = middle[worst] / truth
     yield within(f"delay: {name}, elsewhere", share, (low / truth, high / truth), LEAKED, "", said)
@@ -175,7 +178,7 @@ def _one(
 
 def _spans(model: nn.Module, kwargs: Mapping[str, Any], anatomy: Anatomy) -> Spans:
     with profile(model, granularity="layer", anatomy=anatomy) as run:
-        model.generate(**kwargs)  # type: ignore[operator]
+        model.generate(**arguments.fresh(kwargs))  # type: ignore[operator]
     return run.representative
 
 
@@ -187,13 +190,40 @@ def _found_ms(spans: Spans, path: str, waits: Waits) -> float:
     return (total_ns - waits.own_ns) / tables.MS
 
 
-def _stages_of(spans: Spans, path: str) -> np.ndarray:
-    """Return which stages the delayed scope's own time lies in."""
-    if not path:
-        return np.arange(len(stages.STAGES)) == stages.INDEX["select"]
-    scope = np.array([scope.path == path for scope in spans.scopes])[spans.scope]
-    inside = np.append(spans.nearest(scope), -1)[spans.owner] >= 0
-    return np.isin(np.arange(len(stages.STAGES)), spans.stage[inside])
+def _own_ms(spans: Spans, clock: tables.Clock) -> pd.Series:
+    """Return each scope's own time in each stage, in ms, under (path, stage)."""
+    counted = spans.stage >= 0
+    times = spans.host_ns if clock == "host" else np.where(spans.device_ns == NO_TIME, 0, spans.device_ns)
+    code, stage = spans.scope[spans.owner[counted]], spans.stage[counted]
+    sums = np.zeros((len(spans.scopes), len(stages.STAGES)))
+    np.add.at(sums, (code, stage), times[counted] / tables.MS)
+    kept = sorted(set(zip(code.tolist(), stage.tolist(), strict=True)))
+    index = pd.MultiIndex.from_tuples([(spans.scopes[one].path, stages.NAMES[two]) for one, two in kept])
+    return pd.Series([sums[one] for one in kept], index=index, dtype=float).groupby(level=[0, 1]).sum()
+
+
+def _is_delayed(index: pd.Index, path: str) -> np.ndarray:
+    """Return which own times hold the wait; that of a logits processor is generate()'s own, while it selects."""
+    paths, names = (index.get_level_values(level) for level in (0, 1))
+    return np.asarray(paths == path if path else paths.str.endswith("generate()") & (names == "select"))
+
+
+def _elsewhere(change_ms: pd.Series) -> pd.Series:
+    """Return changes scope by scope, and stage by stage, as a small one of many scopes may be a large one of all."""
+    scopes = change_ms.set_axis([f"{path} in {stage}" for path, stage in change_ms.index])
+    whole = change_ms.groupby(level=1).sum()
+    return pd.concat([scopes, whole.set_axis([f"stage {name}" for name in whole.index])])
+
+
+def _named(labels: pd.Index, change_ms: np.ndarray, worst: int) -> str:
+    """Return where a change is: that of a whole stage with the scope in it that changed most."""
+    name = str(labels[worst])
+    if not name.startswith("stage "):
+        return name
+    inside = f" in {name.removeprefix('stage ')}"
+    scopes = [number for number, label in enumerate(labels) if str(label).endswith(inside)]
+    most = max(scopes, key=lambda number: abs(change_ms[number]))
+    return f"{name}, most of it in {str(labels[most]).removesuffix(inside)}"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from profkit import stats
 from profkit.attribution import is_graph_launch
 from profkit.events import DEVICE, NOTHING, Events
 
@@ -98,7 +99,8 @@ def occupancy(events: Events, launch: np.ndarray, begun_ns: np.ndarray) -> Occup
     gap = np.maximum(start - free_from, 0)
     starved = leads & (called >= free_from)
     delay = np.where(leads, start - called, 0)
-    usual = int(np.median(delay[starved & (delay >= 0)])) if (starved & (delay >= 0)).any() else 0
+    late = delay[starved & (delay >= 0)]
+    usual = int(stats.median(late)) if len(late) else 0
     host = np.clip(called - free_from, 0, gap)
     rest = gap - host
     before = np.clip(np.minimum(called, begun_ns[row]) - free_from, 0, host)

@@ -11,8 +11,8 @@ import pandas as pd
 from profkit import stages, stats, tables
 from profkit.spans import Spans
 
-FAR = 6.0
-"""A step stands out if it is further above the median than so many median deviations, and by a tenth of it."""
+FAR, FAR_AT_LEAST = 6.0, 0.1
+"""A step stands out if it is further above the median than so many median deviations, and than this share of it."""
 MOST = 0.5
 
 
@@ -25,7 +25,7 @@ def iterations(passes: Sequence[Spans]) -> pd.DataFrame:
     times = np.array([one["iteration_ms"].to_numpy()[:steps] for one in each])
     columns = {"median_ms": 50, "p10_ms": 10, "p90_ms": 90}
     table = pd.DataFrame({"step": np.arange(steps), "phase": each[0]["phase"][:steps], "tokens": each[0]["tokens"]})
-    return table[:steps].assign(**{name: np.percentile(times, q, axis=0) for name, q in columns.items()})
+    return table[:steps].assign(**{name: stats.percentiles(times, q) for name, q in columns.items()})
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def outliers(spans: Spans, passes: Sequence[Spans]) -> list[Outlier]:
     table = tables.step_table(spans)
     decode = np.flatnonzero(table["phase"] == "decode")
     by_stage = _by_stage(spans)
-    usual = np.median(by_stage[decode], axis=0)
+    usual = stats.medians(by_stage[decode])
     typical = stats.median(table["iteration_ms"].to_numpy()[decode])
     found = []
     for step in steps.tolist():
@@ -94,9 +94,7 @@ def _far(spans: Spans) -> np.ndarray:
     times = table["iteration_ms"].to_numpy()[rows]
     if len(times) < 3:
         return rows[:0]
-    middle = np.median(times)
-    allowed = max(FAR * float(np.median(np.abs(times - middle))), 0.1 * float(middle))
-    return rows[times > middle + allowed]
+    return rows[stats.far(times, FAR, FAR_AT_LEAST) & (times > stats.median(times))]
 
 
 def _by_stage(spans: Spans) -> np.ndarray:

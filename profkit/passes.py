@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -15,7 +14,18 @@ import pandas as pd
 import torch
 from torch import nn
 
-from profkit import annotate, attribution, capture, environment, inspection, kineto, structure, trace_file, validation
+from profkit import (
+    annotate,
+    arguments,
+    attribution,
+    capture,
+    environment,
+    inspection,
+    kineto,
+    structure,
+    trace_file,
+    validation,
+)
 from profkit import run as runs
 from profkit.anatomy import Anatomy, PartNames
 from profkit.cache import CacheWatch
@@ -60,7 +70,7 @@ class Plan:
     """What a trace is to do; see tracing.trace()."""
 
     warmup: int = 1
-    repeat: int = 5
+    repeat: int = 6
     granularity: Granularity = "layer"
     profile: bool = True
     profile_steps: frozenset[int] = DEFAULT_STEPS
@@ -143,8 +153,9 @@ class Tracing:
         passes, started_ms = self.passes, self.started_unix_ns // 1_000_000
         self.machine["after"] = environment.machine_now(self.device)
         clean = [one.spans for one in passes if one.spans is not None]
+        compiled = environment.graphs_compiled() - self.graphs
         repaired = {name: max(vars(spans.repair)[name] for spans in clean) for name in vars(clean[0].repair)}
-        checks: dict[str, Any] = {"repaired": repaired, "encoded": self.encoded, "changed": self._changed()}
+        checks: dict[str, Any] = {"repaired": repaired, "encoded": self.encoded}
         inputs = {} if self.sample is not None else environment.hashes(self.kwargs)
         about = {**environment.describe(self.model), "started_unix_ms": started_ms, "inputs": inputs}
         result = Run(
@@ -156,7 +167,9 @@ class Tracing:
         result.memory = self.memory()
         if self.plan.profile:
             self.profiled(result)
-        checks["same_tokens"] = self.same_tokens()
+        checks |= {"same_tokens": self.same_tokens(), "same_by_itself": _all_equal(self.tokens["control"])}
+        # Behind the profiled pass, whose modules must be the same too; what that compiles is its own affair.
+        checks |= {"changed": self._changed(compiled), "sampling": arguments.samples(self.model, self.kwargs)}
         result.manifest["calls"] = [capture.call_dict(self.calls[0])]
         result.manifest["tokens"] = _token_list(self.tokens["clean"][0])
         result.manifest["checks"] = {**result.manifest.get("checks", {}), **checks}
@@ -168,12 +181,11 @@ class Tracing:
             result.trace_json = annotate.with_checks(result.trace_json, runs.plain(found))
         return result
 
-    def _changed(self) -> list[str]:
-        """Return which modules were exchanged since the warm-up, and what was compiled since."""
+    def _changed(self, compiled: int) -> list[str]:
+        """Return which modules were exchanged since the warm-up, and how many graphs were compiled since."""
         now = environment.modules_of(self.model)
         every = {**self.modules, **now}
         found = [path for path in every if self.modules.get(path) != now.get(path)]
-        compiled = environment.graphs_compiled() - self.graphs
         return [*found, *([f"{compiled} graphs compiled"] if compiled else [])]
 
     @cached_property
@@ -208,6 +220,7 @@ class Tracing:
         elapsed = self._instrumented(ledger, instrument, "clean")
         spans = Spans(capture.marks_of(ledger, self.clock), self.scopes.list)
         self.encoded = capture.encoded(spans, instrument)
+        self.faults += ledger.faults
         return Pass("clean", elapsed, spans)
 
     def memory(self) -> pd.DataFrame | None:
@@ -242,6 +255,7 @@ class Tracing:
         with session:
             elapsed = self._instrumented(ledger, instrument, "profiled")
         spans = Spans(capture.marks_of(ledger, self.clock), self.scopes.list)
+        self.faults += ledger.faults
         known = tuple(sorted(self.plan.profile_steps & set(range(len(spans.steps)))))
         result.passes.append(Pass("profiled", elapsed, spans, known))
         events = session.events()
@@ -280,7 +294,6 @@ class Tracing:
                     output, elapsed = self._generate(self._prepared(ledger))
         self.tokens[kind].append(_cpu(sequences(output)))
         self.calls += instrument.calls
-        self.faults += ledger.faults
         given = self.sample.notes if self.sample is not None else []
         self.notes += [one for one in given if one not in self.notes]
         return elapsed
@@ -288,7 +301,7 @@ class Tracing:
     def _prepared(self, ledger: Ledger | None = None) -> dict[str, Any]:
         """Return the arguments of generate(), from the sample if there is one, marked in `ledger`."""
         if self.sample is None:
-            return _fresh(self.kwargs)
+            return arguments.fresh(self.kwargs)
 
         def measured(name: str, stage: str) -> AbstractContextManager[Any]:
             return nullcontext() if ledger is None else ledger.scope(Scope(name, "input", stage))
@@ -321,10 +334,7 @@ class Tracing:
 
     def same_tokens(self) -> bool | None:
         """Tell whether every pass gave the tokens of the first control; None if there are none to compare."""
-        first, *others = [one for kind in self.tokens.values() for one in kind]
-        if first is None or any(one is None for one in others):
-            return None
-        return all(one is not None and torch.equal(first, one) for one in others)
+        return _all_equal([one for kind in self.tokens.values() for one in kind])
 
 
 def describe_failure(error: Exception, model: nn.Module) -> str:
@@ -338,9 +348,12 @@ def describe_failure(error: Exception, model: nn.Module) -> str:
     return f"{name}.generate() failed: {type(error).__name__}: {text[:500]}"
 
 
-def _fresh(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments for one more generate(): a cache given by the user would remember the last one."""
-    return {key: copy.deepcopy(value) if key == "past_key_values" else value for key, value in kwargs.items()}
+def _all_equal(every: Sequence[torch.Tensor | None]) -> bool | None:
+    """Tell whether tokens are equal; None if there are none, or only those of one."""
+    first, *others = every
+    if first is None or not others or any(one is None for one in others):
+        return None
+    return all(one is not None and torch.equal(first, one) for one in others)
 
 
 def _cpu(tokens: torch.Tensor | None) -> torch.Tensor | None:

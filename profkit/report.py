@@ -335,7 +335,7 @@ def _side_by_side(saved: Sequence[Saved]) -> Iterator[str]:
         parts = [
             page.paragraph(comparison.gap(base, other).sentence(base.name, other.name), "answer"),
             page.table(rows, columns),
-            page.paragraph("Medians of host time with 95 % bootstrap intervals.", "note"),
+            page.paragraph("Medians of host time with 95 % intervals.", "note"),
             page.items([f"not alike: {said}" for said in comparison.unlike(base, other)], "warning"),
             page.items(
                 [f"{one.name} failed checks: {', '.join(one.failed)}" for one in (base, other) if one.failed], "failure"

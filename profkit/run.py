@@ -290,7 +290,12 @@ def plain(value: Any) -> Any:
 def _write(run: Run, folder: Path) -> None:
     scopes = [asdict(scope) for scope in run.scopes[1:]]
     passes = [
-        {"kind": one.kind, "generate_ns": one.generate_ns, "steps_recorded": list(one.steps_recorded)}
+        {
+            "kind": one.kind,
+            "generate_ns": one.generate_ns,
+            "steps_recorded": list(one.steps_recorded),
+            "marks": 0 if one.spans is None else len(one.spans.marks),
+        }
         for one in run.passes
     ]
     manifest = {
@@ -341,14 +346,21 @@ def _marks_frame(number: int, spans: Spans) -> pd.DataFrame:
 def _read(folder: Path, manifest: dict[str, Any]) -> Run:
     scopes = [Scope("", "outside"), *(Scope(**scope) for scope in manifest.pop("scopes"))]
     frame = pd.read_parquet(folder / "marks.parquet")
+    told = manifest.pop("passes")
     passes = [
         Pass(one["kind"], one["generate_ns"], _spans_of(frame, number, scopes), tuple(one["steps_recorded"]))
-        for number, one in enumerate(manifest.pop("passes"))
+        for number, one in enumerate(told)
+    ]
+    here = frame["pass"].value_counts()
+    lost = [
+        f"marks.parquet holds {here.get(number, 0)} marks of pass {number}, which had {one['marks']}"
+        for number, one in enumerate(told)
+        if one.get("marks", here.get(number, 0)) != here.get(number, 0)
     ]
     anatomy = Anatomy.from_record(manifest.pop("anatomy"))
     for key in ("schema", "latency"):
         manifest.pop(key)
-    run = Run(manifest, anatomy, scopes, passes, path=folder)
+    run = Run(manifest, anatomy, scopes, passes, path=folder, unreadable=lost)
     for name in KEPT:
         setattr(run, name, _kept_table(folder / f"{name}.parquet", run.unreadable))
     if run.memory is not None:

@@ -29,11 +29,79 @@ def median_index(values: Sequence[float]) -> int:
 
 
 RESAMPLES, CONFIDENCE = 2000, 0.95
+FEWEST, FEWEST_OF_TWO = 6, 5
+"""Values below which 95 % cannot be had: of one median, whose interval from least to largest value then holds it more
+rarely; of the ratio of two, by simulation (see the tests)."""
+UNKNOWN = (float("nan"), float("nan"))
+
+
+def medians(rows: np.ndarray) -> np.ndarray:
+    """Return the median of each column."""
+    return np.median(rows, axis=0)
+
+
+def percentiles(rows: np.ndarray, q: float) -> np.ndarray:
+    """Return the q-th percentile of each column."""
+    return np.percentile(rows, q, axis=0)
+
+
+def deviation(values: Sequence[float] | np.ndarray) -> float:
+    """Return the median absolute deviation from the median, unscaled."""
+    from scipy.stats import median_abs_deviation
+
+    return float(median_abs_deviation(values))
+
+
+NORMAL = 1.4826
+"""Standard deviations to a median absolute deviation, of a normal distribution."""
 
 
 def median_interval(values: np.ndarray) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the median; NaN of fewer than three values."""
-    return _interval((values,), lambda a, axis: np.median(a, axis=axis))
+    """Return an interval that holds the median in 95 % of cases or more, whatever the distribution.
+
+    Its ends are two of the values (order statistics, by the binomial distribution); NaN of fewer than FEWEST.
+    """
+    from scipy.stats import quantile_test
+
+    if len(values) < FEWEST or not np.isfinite(values).all():
+        return UNKNOWN
+    found = quantile_test(values, q=median(values), p=0.5).confidence_interval(CONFIDENCE)
+    return float(found.low), float(found.high)
+
+
+def trend(values: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """Return by which share of the median values change from the first to the last, and its 95 % interval (Theil-Sen).
+
+    A trend cannot be told from fewer than FEWEST values: its interval is then unknown.
+    """
+    from scipy.stats import theilslopes
+
+    slope, _, low, high = (one * (len(values) - 1) / median(values) for one in theilslopes(values))
+    return slope, (low, high) if len(values) >= FEWEST else UNKNOWN
+
+
+def excess(first: float, others: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """Return by which share a value exceeds the median of others, and between what that lies with 95 % confidence.
+
+    A prediction interval of Student's, with the deviation from the median absolute one, so that single others far off
+    do not count; at least 1 %, as few values may agree by chance.
+    """
+    from scipy.stats import t
+
+    middle, count = median(others), len(others)
+    over = first / middle - 1
+    if count + 1 < FEWEST:
+        return over, UNKNOWN
+    spread = max(NORMAL * deviation(others) / middle, 0.01)
+    # The median of n normal values has the variance of one, times pi / 2 n.
+    half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread * float(np.sqrt(1 + np.pi / 2 / count))
+    return over, (over - half, over + half)
+
+
+def far(values: np.ndarray, deviations: float, least: float) -> np.ndarray:
+    """Return which values lie further from the median than so many median absolute deviations and a share of it."""
+    middle = median(values)
+    return np.abs(values - middle) > max(deviations * deviation(values), least * middle)
 
 
 def median_ratio(base: np.ndarray, other: np.ndarray, paired: bool) -> float:
@@ -44,9 +112,12 @@ def median_ratio(base: np.ndarray, other: np.ndarray, paired: bool) -> float:
 
 
 def ratio_interval(base: np.ndarray, other: np.ndarray, paired: bool) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of median_ratio(); NaN of fewer than three values on either side."""
+    """Return the 95 % interval of median_ratio(): that of the pairs' median, or a bootstrap one of the two medians.
+
+    NaN of fewer than FEWEST pairs, or FEWEST_OF_TWO values on either side.
+    """
     if paired:
-        return median_interval(other / base) if len(base) else (float("nan"), float("nan"))
+        return median_interval(other / base) if len(base) else UNKNOWN
     return _interval((base, other), lambda a, b, axis: np.median(b, axis=axis) / np.median(a, axis=axis))
 
 
@@ -66,8 +137,8 @@ def differ(base: np.ndarray, other: np.ndarray, paired: bool, tests: int = 1) ->
 def _interval(samples: tuple[np.ndarray, ...], statistic: Callable[..., Any]) -> tuple[float, float]:
     """Return a percentile bootstrap interval (scipy.stats.bootstrap), with a seed of its own so that it can be
     repeated."""
-    if min(map(len, samples)) < 3:
-        return float("nan"), float("nan")
+    if min(map(len, samples)) < FEWEST_OF_TWO:
+        return UNKNOWN
     from scipy.stats import bootstrap
 
     found = bootstrap(

@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 
 from profkit import stats
-from profkit.verdicts import Verdict, bounded, known
+from profkit.verdicts import Verdict, at_most, bounded, known, within
 
 QUOTABLE, DRIFT, WARM, OUTLIERS, CLOCK, BACKGROUND = 0.02, 0.05, 0.10, 0.20, 0.10, 0.10
 """Half the median's interval; the trend over all repeats; the first repeat over the others; the share of outliers; the
 change of the processor's frequency; what others took of the processor: each as a share, at most."""
-FAR = 5.0
-"""An outlier is this many standard deviations (from the median absolute deviation) beyond the median, and 5 % of it."""
-FEWEST = 5
-"""Repeats below which drift and outliers cannot be told."""
+FAR, FAR_AT_LEAST = 5.0, 0.05
+"""An outlier is this many standard deviations (from the median absolute deviation) beyond the median, and this share of
+it."""
 
 
 def steadiness(totals_ms: Sequence[float], machine: Mapping[str, Any]) -> Iterator[Verdict]:
@@ -28,12 +27,12 @@ def steadiness(totals_ms: Sequence[float], machine: Mapping[str, Any]) -> Iterat
     """
     values = np.asarray(totals_ms, dtype=float)
     yield _quotable(values)
-    if len(values) >= FEWEST:
+    if len(values) >= stats.FEWEST:
         yield _drift(values)
         yield _warm(values)
         yield _outliers(values)
     else:
-        said = f"{len(values)} repeats are too few to tell drift, warm-up and outliers: at least {FEWEST}"
+        said = f"{len(values)} repeats are too few to tell drift, warm-up and outliers: at least {stats.FEWEST}"
         yield known("steadiness: repeats", len(values), "repeats", said)
     yield from _machine(machine)
 
@@ -43,7 +42,9 @@ def _quotable(values: np.ndarray) -> Verdict:
     middle = stats.median(values)
     half = (high - low) / 2 / middle if middle else math.nan
     if math.isnan(half):
-        return known("steadiness: median", half, "", "fewer than three repeats leave the median's interval unknown")
+        return known(
+            "steadiness: median", half, "", f"fewer than {stats.FEWEST} repeats leave the median's interval unknown"
+        )
     needed = math.ceil(len(values) * (half / QUOTABLE) ** 2)
     more = f"about {needed} repeats would give ±{QUOTABLE:.0%}" if half > QUOTABLE else "it may be quoted"
     said = f"the median of {len(values)} repeats is known to ±{half:.1%}: {more}"
@@ -51,36 +52,27 @@ def _quotable(values: np.ndarray) -> Verdict:
 
 
 def _drift(values: np.ndarray) -> Verdict:
-    from scipy.stats import theilslopes
-
-    slope, _, low, high = theilslopes(values, np.arange(len(values)))
-    change = slope * (len(values) - 1) / stats.median(values)
-    sure = bool(low > 0 or high < 0)
-    said = f"{change:+.1%} from the first repeat to the last{'' if sure else ', within the noise'} (Theil-Sen)"
-    return bounded("steadiness: drift", abs(change) if sure else 0.0, DRIFT, "", said)
+    change, interval = stats.trend(values)
+    said = f"{change:+.1%} from the first repeat to the last (Theil-Sen{_between(interval)})"
+    return within("steadiness: drift", change, interval, DRIFT, "", said)
 
 
 def _warm(values: np.ndarray) -> Verdict:
-    later = stats.median(values[1:])
-    over = values[0] / later - 1
-    far = _is_far(values)[0] and over > 0
-    more = ": more --warmup" if far and over > WARM else ""
+    over, interval = stats.excess(values[0], values[1:])
+    more = ": more --warmup" if interval[0] > WARM else ""
     said = f"the first repeat took {over:+.1%} of the median of the others{more}"
-    return bounded("steadiness: warm-up", over if far else min(over, WARM), WARM, "", said)
+    return at_most("steadiness: warm-up", over, interval, WARM, said)
+
+
+def _between(interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f", 95 % interval {low:+.1%} to {high:+.1%}" if low == low else ""
 
 
 def _outliers(values: np.ndarray) -> Verdict:
-    far = _is_far(values)
+    far = stats.far(values, FAR * stats.NORMAL, FAR_AT_LEAST)
     said = f"{int(far.sum())} of {len(values)} repeats lie far from the median"
     return bounded("steadiness: outliers", float(far.mean()), OUTLIERS, "", said)
-
-
-def _is_far(values: np.ndarray) -> np.ndarray:
-    from scipy.stats import median_abs_deviation
-
-    middle = np.median(values)
-    spread = max(float(median_abs_deviation(values, scale="normal")), 0.01 * middle)
-    return np.abs(values - middle) > FAR * spread
 
 
 def _machine(machine: Mapping[str, Any]) -> Iterator[Verdict]:

@@ -261,9 +261,15 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     table.add_column("check")
     table.add_column("measured (at most)", justify="right")
     table.add_column("", overflow="fold")
-    marks = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "[dim]–[/dim]"}
+    marks = {True: "[green]pass[/green]", False: "[red]FAIL[/red]", None: "[yellow]open[/yellow]"}
     for one in verdicts:
-        table.add_row(marks[one.ok], escape(one.check), escape(figure(one)), escape(one.sentence))
+        only_known = one.ok is None and one.allowed != one.allowed
+        table.add_row(
+            "[dim]–[/dim]" if only_known else marks[one.ok],
+            escape(one.check),
+            escape(figure(one)),
+            escape(one.sentence),
+        )
     return table
 
 
@@ -284,15 +290,21 @@ def _grouped(checks: Sequence[str]) -> str:
     return "; ".join(f"{group} ({', '.join(rest)})" if rest[0] else group for group, rest in groups.items())
 
 
-def as_dict(run: Run) -> dict[str, Any]:
-    """Return what the terminal report shows, as plain values; unknown numbers are null."""
+def as_dict(run: Run, corrected: bool = False) -> dict[str, Any]:
+    """Return what the terminal report shows, as plain values; unknown numbers are null.
+
+    `corrected` adds corrected_ms to stages: times without what the instrument's marks cost.
+    """
+    by_stage = run.breakdown()
+    if corrected:
+        by_stage["corrected_ms"] = run.corrected()["corrected_ms"]
     return plain(
         {
             "path": str(run.path) if run.path else None,
             "model": run.manifest.get("model") or run.manifest["model_class"],
             "device": run.manifest["device"],
             "dtype": run.manifest["dtype"],
-            "stages": run.breakdown().reset_index().to_dict(orient="records"),
+            "stages": by_stage.reset_index().to_dict(orient="records"),
             "device_stages": [] if run.device is None else run.device.to_dict(orient="records"),
             "total_ms": run.stages()["host_ms"].sum(),
             "memory": [] if run.memory is None else run.memory.reset_index().to_dict(orient="records"),

@@ -30,7 +30,7 @@ def at_most(check: str, over: float, interval: tuple[float, float], allowed: flo
     """Return the verdict on a share that must not exceed a bound, given its interval: open where that holds both."""
     low, high = interval
     if low != low:
-        return Verdict(check, None, over, allowed, "", f"{sentence}; fewer than three pairs leave it open")
+        return Verdict(check, None, over, allowed, "", f"{sentence}; too few repeats to tell")
     said = f"{sentence}; 95 % interval {low:+.1%} to {high:+.1%}"
     if low > allowed:
         return Verdict(check, False, over, allowed, "", said)
@@ -41,14 +41,21 @@ def at_most(check: str, over: float, interval: tuple[float, float], allowed: flo
 def within(check: str, off: float, interval: tuple[float, float], allowed: float, unit: str, sentence: str) -> Verdict:
     """Return the verdict on a deviation that must stay within ± a bound, given its interval.
 
-    Noise larger than the bound leaves it open, and so does an interval that reaches from outside the bound into it.
+    It passes if the whole interval lies within the bound, and fails if all of it lies outside; else it is open.
     """
     low, high = interval
-    outside = abs(off) > allowed
-    reaches_in = low <= allowed and high >= -allowed
-    open_yet = bool(low != low or (high - low) / 2 > allowed or (outside and reaches_in))
-    ok = None if open_yet else not outside
-    return Verdict(check, ok, abs(float(off)), float(allowed), unit, sentence + ": too noisy to tell" * open_yet)
+    ok: bool | None = None
+    if -allowed <= low and high <= allowed:
+        ok = True
+    elif low > allowed or high < -allowed:
+        ok = False
+    unknown = "too few repeats to tell" if low != low else "too noisy to tell"
+    return Verdict(check, ok, abs(float(off)), float(allowed), unit, sentence + f": {unknown}" * (ok is None))
+
+
+def unsettled(check: str, measured: float, allowed: float, unit: str, sentence: str) -> Verdict:
+    """Return the verdict on what has a bound, and cannot be told here: it is open, and shown as such."""
+    return Verdict(check, None, float(measured), float(allowed), unit, sentence)
 
 
 def known(check: str, measured: float, unit: str, sentence: str) -> Verdict:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from profkit import annotate
+from profkit import annotate, arguments
 from profkit.checks import kept_verdicts
 from profkit.decoupled import decoupled
 from profkit.delays import delays
@@ -16,7 +16,7 @@ from profkit.environment import preserved_random_state
 from profkit.invariance import invariance
 from profkit.overhead import overhead_by_stage
 from profkit.run import Run, plain
-from profkit.verdicts import Verdict
+from profkit.verdicts import Verdict, unsettled
 
 
 def verify(
@@ -29,18 +29,25 @@ def verify(
     """Make the experiments, add their verdicts to the run's, and return all of them.
 
     `kwargs` are those of generate(); experiments decode greedily, as they compare tokens, unless they say otherwise.
+    An experiment that fails is said to be open, and the others go on.
     """
-    greedy = {**kwargs, "do_sample": False}
+    greedy, anatomy = arguments.greedy(model, kwargs), run.anatomy
+    granularity = run.manifest["plan"]["granularity"]
+    experiments = {
+        "the same tokens, with and without probes": invariance(model, greedy, anatomy),
+        "what marks add to each stage": overhead_by_stage(model, greedy, anatomy, granularity, repeats),
+        "media encoded alone": decoupled(model, greedy, anatomy, repeats),
+        "known delays": delays(model, greedy, anatomy, repeats=repeats),
+    }
     found = kept_verdicts(run)
     with preserved_random_state():
-        progress("the same tokens, with and without probes")
-        found += invariance(model, greedy, run.anatomy)
-        progress("what marks add to each stage")
-        found += overhead_by_stage(model, kwargs, run.anatomy, run.manifest["plan"]["granularity"], repeats)
-        progress("media encoded alone")
-        found += decoupled(model, greedy, run.anatomy, repeats)
-        progress("known delays")
-        found += delays(model, greedy, run.anatomy, repeats=repeats)
+        for name, verdicts in experiments.items():
+            progress(name)
+            try:
+                found.extend(verdicts)
+            except Exception as error:
+                said = f"could not be made: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                found.append(unsettled(f"experiment: {name}", float("nan"), 0, "errors", said))
     run.manifest["checks"]["verdicts"] = kept = [asdict(one) for one in found]
     if run.trace_json is not None:
         run.trace_json = annotate.with_checks(run.trace_json, plain(kept))

@@ -7,32 +7,29 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from builders import small_llava, tiny_llava
-from simulated import Stream
 
 import profkit
 from profkit import (
+    arguments,
     attribution,
+    capture,
     checks,
-    clock,
+    comparison,
     corrections,
-    decoupled,
-    delays,
-    environment,
-    invariance,
     kineto,
     ledger,
     marking,
     overhead,
     probes,
     samples,
-    stopwatches,
+    validation,
 )
 from profkit.anatomy import Calls
 from profkit.errors import InputError
-from profkit.steadiness import steadiness
 from profkit.verdicts import Verdict, bounded, known, within
 
 GREEDY = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
@@ -72,12 +69,14 @@ def test_figures_and_bounds():
     assert bounded("a", 1.0, 2.0, "ms", "").ok is True
     assert bounded("a", 3.0, 2.0, "ms", "").ok is False
     assert bounded("a", float("nan"), 2.0, "ms", "").ok is known("a", 1.0, "", "").ok is None
-    # Sure to be inside, sure to be outside; noisy, and reaching in from outside.
+    # Sure to be inside, sure to be outside; noisy, reaching in from outside, and out from inside.
     cases = {(0.01, 0.0, 0.02): True, (0.09, 0.06, 0.1): False, (0.0, -0.2, 0.2): None, (0.06, 0.01, 0.07): None}
+    cases |= {(0.028, 0.006, 0.066): None, (0.0, 0.0, 0.06): None, (-0.09, -0.1, -0.06): False}
     for (off, low, high), ok in cases.items():
         assert within("a", off, (low, high), 0.05, "", "").ok is ok
     nan = float("nan")
-    assert within("a", 0.0, (nan, nan), 0.05, "", "").ok is None
+    unknown = within("a", 0.0, (nan, nan), 0.05, "", "")
+    assert unknown.ok is None and "too few repeats" in unknown.sentence
 
 
 # -- what a run can tell ---------------------------------------------------------------------------
@@ -151,6 +150,76 @@ def test_a_part_that_is_exchanged_meanwhile():
     assert "capture: modules" in failing(run)
 
 
+def test_a_part_that_is_exchanged_in_the_profiled_pass_alone():
+    model, kwargs = small_llava()
+    plain, calls = model.generate, []
+
+    def generate(**given):
+        calls.append(1)
+        # Inspection, warm-up, three pairs: the profiled pass is the ninth.
+        if len(calls) == 9:
+            head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features, bias=False)
+            head.weight = model.lm_head.weight
+            model.lm_head = head
+        return plain(**given)
+
+    model.generate = generate
+    run = profkit.trace(model, kwargs, repeat=3, warmup=1)
+    assert len(calls) == 9
+    assert "capture: modules" in failing(run)
+
+
+def test_an_error_inside_the_instrument(monkeypatch):
+    monkeypatch.setattr(capture.audit, "audit", lambda *_: 1 / 0)
+    assert "capture: instrument" in failing(traced())
+
+
+def test_device_times_that_do_not_sum():
+    run = traced()
+    spans = run.clean[0]
+    size = len(spans.owner)
+    spans.marks = replace(spans.marks, device_ns=np.arange(size + 1) * 1000)
+    spans.device_ns = np.full(size, 1000)
+    assert by_name(checks.verdicts(run))["sums: device"].ok is True
+    spans.device_ns[size // 2] += 1000 * size
+    assert by_name(checks.verdicts(run))["sums: device"].ok is False
+
+
+def test_a_step_that_is_lost_and_a_stage_that_is_lost():
+    run = traced()
+    spans = run.clean[0]
+    lost = spans.step.copy()
+    lost[lost == 1] = -1
+    spans.__dict__["step"] = lost
+    assert by_name(checks.verdicts(run))["sums: steps"].ok is False
+    stage = spans.stage.copy()
+    stage[stage == stage[len(stage) // 2]] = -1
+    spans.__dict__["stage"] = stage
+    assert by_name(checks.verdicts(run))["sums: stages"].ok is False
+
+
+def test_stages_that_change_places_under_the_profiler():
+    run = traced(profile=True)
+    times = {"clean_ms": [10.0, 2.0, 30.0], "profiled_ms": [3.0, 12.0, 40.0]}
+    table = pd.DataFrame(times, index=["vision", "prefill", "decode"])
+    table.loc["total"] = table.sum()
+    run.dilation = lambda: table.assign(ratio=table["profiled_ms"] / table["clean_ms"])
+    found = by_name(checks.verdicts(run))
+    assert found["dilation: order"].measured == 1 and "vision and prefill" in found["dilation: order"].sentence
+    assert found["dilation: prefill"].measured == 6 and found["dilation: prefill"].ok is None
+
+
+def test_a_clock_too_coarse_for_what_it_timed():
+    run = traced()
+    run.manifest["machine"]["clock_ns"] = 1e9
+    assert by_name(checks.verdicts(run))["steadiness: clock"].ok is False
+
+
+def test_what_torch_says_of_a_trace(monkeypatch):
+    monkeypatch.setattr(validation, "validate_text", lambda text: "order (1 times): an event before its parent")
+    assert "profile: torch's validator" in failing(traced(profile=True))
+
+
 def test_probes_that_cost_too_much(monkeypatch):
     mark = ledger.Ledger.marker
 
@@ -164,14 +233,14 @@ def test_probes_that_cost_too_much(monkeypatch):
         return marking
 
     monkeypatch.setattr(ledger.Ledger, "marker", slow)
-    run = traced(repeat=5)
+    run = traced(repeat=6)
     assert by_name(checks.verdicts(run))["overhead"].ok is False
 
 
 def test_marks_that_cost_too_much_in_one_stage(llava, monkeypatch):
     model, kwargs, anatomy = llava
     assert list(overhead.overhead_by_stage(model, kwargs, anatomy, "stage")) == []
-    found = by_name(overhead.overhead_by_stage(model, kwargs, anatomy, "layer", repeats=5))
+    found = by_name(overhead.overhead_by_stage(model, kwargs, anatomy, "layer", repeats=6))
     assert {"overhead: prefill", "overhead: decode"} <= set(found)
     plain = probes.Instrument._plain_probe
 
@@ -188,7 +257,7 @@ def test_marks_that_cost_too_much_in_one_stage(llava, monkeypatch):
         return late
 
     monkeypatch.setattr(probes.Instrument, "_plain_probe", slow)
-    found = by_name(overhead.overhead_by_stage(model, kwargs, anatomy, "layer", repeats=5))
+    found = by_name(overhead.overhead_by_stage(model, kwargs, anatomy, "layer", repeats=6))
     assert found["overhead: decode"].ok is False
 
 
@@ -242,6 +311,58 @@ def test_a_tower_that_rests_is_no_fault():
     assert by_name(checks.verdicts(run))["capture: parts that ran"].ok is False
 
 
+def test_a_projector_that_is_never_called_is_no_pass():
+    model, kwargs = small_llava()
+    model.unused = torch.nn.Linear(2, 2)
+    run = profkit.trace(model, kwargs, repeat=1, profile=False, parts={"projector": "unused"})
+    assert "capture: parts that ran" in failing(run)
+    run = profkit.trace(model, kwargs, repeat=1, profile=False)
+    silent = [replace(part, calls=Calls()) if part.role == "projector" else part for part in run.anatomy.parts]
+    run.anatomy = replace(run.anatomy, parts=tuple(silent))
+    found = by_name(checks.verdicts(run))
+    assert found["capture: parts that ran"].ok is True
+    assert found["capture: parts that were called"].ok is None
+
+
+def test_sampling_without_a_seed_is_said():
+    found = {}
+    for seed in (None, 3):
+        model, kwargs = small_llava()
+        run = profkit.trace(model, {**kwargs, "do_sample": True}, repeat=1, profile=False, seed=seed)
+        found[seed] = by_name(checks.kept_verdicts(run))["tokens"]
+    assert found[3].ok is True
+    assert found[None].ok is None and "sampling without a seed" in found[None].sentence
+    model, kwargs = small_llava()
+    model.generation_config.do_sample = True
+    assert arguments.samples(model, {}) and not arguments.samples(model, kwargs)
+
+
+def test_a_model_that_draws_for_itself_is_not_blamed_on_the_instrument():
+    model, kwargs = small_llava()
+    plain, count = model.generate, iter(range(1000))
+    model.generate = lambda **given: plain(**given) + next(count)
+    run = profkit.trace(model, kwargs, repeat=2, profile=False)
+    found = by_name(checks.kept_verdicts(run))["tokens"]
+    assert found.ok is None and "not deterministic" in found.sentence
+
+
+def test_profile_keeps_its_verdicts_too():
+    model, kwargs = small_llava()
+    inner = model.model.get_image_features
+
+    def wasteful(pixel_values, **others):
+        model.model.vision_tower(pixel_values)
+        return inner(pixel_values, **others)
+
+    model.model.get_image_features = wasteful
+    with profkit.profile(model) as run:
+        model.generate(**kwargs)
+    assert comparison.measured(run).failed == ["encoded twice"]
+    with profkit.profile(model) as nothing:
+        pass
+    assert comparison.Measured("", nothing.manifest, *[pd.DataFrame()] * 2, None).failed == []
+
+
 def test_a_tower_that_runs_twice():
     model, kwargs = small_llava()
     inner = model.model.get_image_features
@@ -252,190 +373,3 @@ def test_a_tower_that_runs_twice():
 
     model.model.get_image_features = wasteful
     assert "encoded twice" in failing(profkit.trace(model, kwargs, repeat=1, profile=False))
-
-
-# -- steadiness ------------------------------------------------------------------------------------
-
-
-def noise(count: int, spread: float = 0.005) -> np.ndarray:
-    return 100 * (1 + spread * np.random.default_rng(0).standard_normal(count))
-
-
-def test_steady_repeats_may_be_quoted():
-    quiet = {"busy_s": 0.0, "own_s": 0.0, "stolen_s": 0.0, "frequency_mhz": 3000.0, "throttled": 7}
-    quiet |= {"device_mhz": 1980.0}
-    after = {"wall_s": 10.0, "busy_s": 10.2, "own_s": 10.0, "stolen_s": 0.1, "frequency_mhz": 2990.0}
-    after |= {"throttled": 7, "device_mhz": 1965.0}
-    machine = {"cores": 2, "before": {"wall_s": 0.0, **quiet}, "after": after}
-    found = by_name(steadiness(noise(20), machine))
-    assert [one.check for one in found.values() if one.ok is not True] == []
-    machine["after"] |= {"busy_s": 15.0, "stolen_s": 4.0, "frequency_mhz": 2000.0, "throttled": 9, "device_mhz": 1200.0}
-    found = by_name(steadiness(noise(20), machine))
-    for name in ("background load", "stolen time", "frequency", "device's frequency", "throttling"):
-        assert found[f"steadiness: {name}"].ok is False
-
-
-@pytest.mark.parametrize(
-    ("values", "name"),
-    [
-        (noise(20) * np.linspace(1, 1.2, 20), "drift"),
-        (np.append(150, noise(19)), "warm-up"),
-        (noise(20) * np.where(np.arange(20) % 3, 1, 2), "outliers"),
-        (noise(6, 0.2), "median"),
-    ],
-)
-def test_what_is_not_steady_is_said(values, name):
-    found = by_name(steadiness(values, {}))
-    assert found[f"steadiness: {name}"].ok is False
-    if name == "median":
-        assert "repeats would give ±2%" in found["steadiness: median"].sentence
-
-
-def test_temperatures_are_told_and_what_cannot_be_read_is_said():
-    found = by_name(steadiness(noise(5), {"before": {"temperature_c": 50.0}, "after": {"temperature_c": 71.0}}))
-    assert found["steadiness: temperature of the hottest sensor"].measured == 71
-    for name in ("frequency", "heat", "background load"):
-        one = by_name(steadiness(noise(5), {}))[f"steadiness: {name}"]
-        assert one.ok is None and "be read here" in one.sentence
-
-
-def test_few_repeats_leave_it_open():
-    found = by_name(steadiness([1.0, 1.1], {}))
-    assert {one.ok for one in found.values()} == {None}
-    assert "cannot be read" in found["steadiness: background load"].sentence
-
-
-# -- experiments -----------------------------------------------------------------------------------
-
-
-def test_the_instrument_changes_nothing(llava):
-    found = list(invariance.invariance(*llava))
-    assert {one.ok for one in found} == {True} and len(found) == 13
-
-
-def test_experiments_see_a_probe_that_spoils(llava, monkeypatch):
-    plain = probes.Instrument._plain_probe
-
-    def spoiling(self, bound, code, mark, wrappers):
-        probe = plain(self, bound, code, mark, wrappers)
-
-        def probed(*args, **kwargs):
-            torch.rand(1)
-            output = probe(*args, **kwargs)
-            return -output if isinstance(output, torch.Tensor) and wrappers.active else output
-
-        return functools.wraps(bound)(probed)
-
-    monkeypatch.setattr(probes.Instrument, "_plain_probe", spoiling)
-    found = by_name(invariance.invariance(*llava))
-    assert found["same tokens: greedy, stage"].ok is False
-    assert found["same random state: greedy, stage"].ok is False
-
-
-def test_a_model_that_is_not_deterministic_is_said(llava):
-    model, kwargs, anatomy = llava
-    plain, count = model.generate, iter(range(1000))
-    model.generate = lambda **given: plain(**given) + next(count)
-    try:
-        found = by_name(invariance.invariance(model, kwargs, anatomy))
-    finally:
-        del model.generate
-    assert found["same tokens: greedy"].ok is None
-    assert "other tokens each time by itself" in found["same tokens: greedy"].sentence
-
-
-@pytest.mark.parametrize("name", ["tiny-llava", "tiny-eventgpt"])
-def test_the_truth_is_to_be_had_by_features_and_by_embeddings(name):
-    from profkit import models
-
-    loaded = models.load_model(name, torch.device("cpu"))
-    sample = samples.sample_for(loaded.processor, loaded.model, [], None, 3)
-    kwargs = {**sample.transfer(sample.preprocess(sample.load())), **GREEDY}
-    anatomy = profkit.inspect(loaded.model, **kwargs)
-    before = dict(loaded.model.__dict__)
-    found = by_name(decoupled.decoupled(loaded.model, kwargs, anatomy, repeats=3))
-    assert set(found) == {f"decoupled truth: {one}" for one in ("encoding", "generating", "the rest")}
-    assert all(0 <= one.measured < 1 for one in found.values())
-    assert loaded.model.__dict__.keys() == before.keys()
-
-
-def test_a_tower_that_the_instrument_slows_is_seen_by_the_truth(llava, monkeypatch):
-    plain = probes.Instrument._tower_probe
-
-    def slow(self, bound, code, mark, wrappers):
-        def delayed(*args, **kwargs):
-            time.sleep(0.3)
-            return bound(*args, **kwargs)
-
-        return plain(self, delayed, code, mark, wrappers)
-
-    monkeypatch.setattr(probes.Instrument, "_tower_probe", slow)
-    found = by_name(decoupled.decoupled(*llava, repeats=3))["decoupled truth: encoding"]
-    assert found.measured > 1 and found.ok is not True
-
-
-def test_where_the_truth_is_not_to_be_had_it_is_said(llava, monkeypatch):
-    monkeypatch.setattr(decoupled, "_split", lambda *_: (None, "the test says so"))
-    (found,) = decoupled.decoupled(*llava)
-    assert found.ok is None and "not to be had: the test says so" in found.sentence
-
-
-def test_delays_are_found_where_they_are(llava):
-    model, kwargs, anatomy = llava
-    before = environment.modules_of(model)
-    found = by_name(delays.delays(model, kwargs, anatomy, repeats=3))
-    assert all(found[f"delay: {name}"].ok for name in ("vision", "projector", "decoder layer", "head"))
-    assert environment.modules_of(model) == before
-    assert not any("forward" in module.__dict__ for module in model.modules())
-
-
-@pytest.fixture
-def on_device(llava, monkeypatch):
-    """A model whose work is done by a simulated device, which the host runs ahead of."""
-    model, _, anatomy = llava
-    stream = Stream()
-    monkeypatch.setattr(clock.DeviceClock, "of", classmethod(lambda cls, device: stream.clock()))
-    watch = stopwatches.DeviceStopwatch(stream, stream.enqueue)
-    monkeypatch.setattr(delays, "stopwatch_for", lambda device: watch)
-    layers = [f"{anatomy.path('decoder_layers')}.{number}" for number in range(2)]
-    work_ns = dict.fromkeys(layers, 3_000_000) | {str(anatomy.path("vision_tower")): 20_000_000}
-    monkeypatch.setattr(decoupled, "synchronize", lambda device: stream.synchronize())
-    with stream.working_for(model, work_ns):
-        yield stream
-
-
-def test_delays_on_a_device_are_found_on_its_clock(llava, on_device):
-    found = by_name(delays.delays(*llava, repeats=3))
-    for name in ("vision", "projector", "decoder layer", "head", "select"):
-        # What selecting takes without the delay is known from another run alone: noise may leave it open.
-        assert found[f"delay: {name}"].ok or name == "select", found[f"delay: {name}"]
-        assert found[f"delay: {name}"].measured < 25
-        assert "ms of 50." in found[f"delay: {name}"].sentence
-
-
-def test_the_truth_on_a_device_is_that_of_its_clock(llava, on_device):
-    found = by_name(decoupled.decoupled(*llava, repeats=3))
-    # Alone the host waits for the tower's 20 ms; inside generate() it does not, and only the device's clock has them.
-    for name, least_ms in (("encoding", 20), ("generating", 18)):
-        one = found[f"decoupled truth: {name}"]
-        assert abs(one.measured) < 0.3, one
-        assert float(one.sentence.split(": ")[1].split(" ms")[0]) >= least_ms
-
-
-def test_a_device_without_a_spin_kernel_is_said(llava, monkeypatch):
-    monkeypatch.setattr(delays, "stopwatch_for", lambda device: None)
-    (found,) = delays.delays(*llava)
-    assert found.ok is None and "no kernel of known length" in found.sentence
-
-
-def test_a_probe_that_does_not_mark_loses_the_delay(llava, monkeypatch):
-    plain = probes.Instrument._attach
-
-    def blind(self, wrappers, module, name, scope):
-        if "projector" not in scope.path:
-            plain(self, wrappers, module, name, scope)
-
-    monkeypatch.setattr(probes.Instrument, "_attach", blind)
-    found = by_name(delays.delays(*llava, repeats=3))
-    assert found["delay: projector"].ok is not True
-    assert found["delay: vision"].ok is True

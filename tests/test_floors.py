@@ -16,6 +16,7 @@ FLOORS = {
     2: {
         *("ledger", "events", "anatomy", "trail", "wrapping", "clock", "environment", "processors"),
         *("event_streams", "videos", "eventgpt", "page", "options", "encodings", "steadiness"),
+        "arguments",
     },
     3: {
         "stopwatches",
@@ -27,9 +28,11 @@ FLOORS = {
     5: {"memory", "foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"},
     6: {"corrections", "device_tables", "trust", "dummies", "hierarchy", "pace", "timeline", "tensorboard"},
     7: {"marking", "run", "inspection", "capabilities", "explanation"},
-    8: {"analysis", "capture", "checks", "sample_runs", "trace_file"},
-    9: {
+    8: {"checks"},
+    9: {"analysis", "capture", "sample_runs", "trace_file"},
+    10: {
         "sample_checks",
+        "saved_checks",
         "text",
         "trace_text",
         "passes",
@@ -41,11 +44,11 @@ FLOORS = {
         "scalars",
         "overhead",
     },
-    10: {"sample_text", "comparison_text", "sampling", "verification", "figures", "tracing"},
-    11: {"report", "jobs"},
-    12: {"cli_reading", "viewing"},
-    13: {"cli_view"},
-    14: {"cli"},
+    11: {"sample_text", "comparison_text", "sampling", "verification", "figures", "tracing"},
+    12: {"report", "jobs"},
+    13: {"cli_reading", "viewing"},
+    14: {"cli_view"},
+    15: {"cli"},
 }
 WITH_TORCH = {
     "cache",
