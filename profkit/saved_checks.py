@@ -29,9 +29,8 @@ def complete(run: Run) -> list[Verdict]:
 
 
 def _of_tables(run: Run) -> Iterator[Verdict]:
-    if run.path is not None:
-        said = run.unreadable[0] if run.unreadable else "tables of the run that could not be read, or lost marks"
-        yield bounded("capture: saved tables", len(run.unreadable), 0, "tables", said)
+    if run.unreadable:
+        yield bounded("capture: saved tables", len(run.unreadable), 0, "tables", run.unreadable[0])
 
 
 def _of_trace(run: Run) -> Iterator[Verdict]:
