@@ -31,6 +31,8 @@ def verdicts(run: Run) -> list[Verdict]:
 
 def complete(run: Run) -> list[Verdict]:
     """Return what the run's data tell now, and of what was kept in it the experiments, which need the model."""
+    if not run.clean:
+        return kept_verdicts(run)
     found = verdicts(run)
     known_again = {one.check for one in found}
     return [*found, *(one for one in kept_verdicts(run) if one.check not in known_again)]

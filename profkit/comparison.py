@@ -89,7 +89,9 @@ def of_figures(told: Mapping[str, Any]) -> Measured:
 
 
 def of_run(run: runs.Run) -> Measured:
-    """Return the clean passes of a run as rows."""
+    """Return the clean passes of a run as rows. Raises InputError if there is none that can be read."""
+    if not run.clean:
+        raise InputError(f"{run.path or 'A run'} holds no clean pass that can be read: there is nothing to compare.")
     times = pd.DataFrame([tables.stage_ns(spans) / 1e6 for spans in run.clean], columns=list(stages.NAMES))
     call = (run.manifest.get("calls") or [{}])[0]
     found = run.latency()

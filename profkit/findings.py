@@ -69,7 +69,8 @@ def worth_optimising(run: Run) -> Iterator[str]:
 def _pace(run: Run, name: str) -> Iterator[str]:
     """Yield who sets the pace of a stage on each device."""
     if run.device is None:
-        yield f"Ran on {run.manifest['device']}: without the events of a device there is no host-bound or device-bound."
+        device = run.manifest.get("device") or "a device that the run does not name"
+        yield f"Ran on {device}: without the events of a device there is no host-bound or device-bound."
         return
     several = run.device["device"].nunique() > 1
     for row in run.device[run.device["stage"] == name].to_dict(orient="records"):

@@ -25,7 +25,17 @@ FLOORS = {
     },
     4: {"attribution", "audit", "chrome", "phases", "probes", "roles", "annotate"},
     5: {"foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"},
-    6: {"corrections", "device_tables", "trust", "dummies", "hierarchy", "pace", "timeline", "tensorboard"},
+    6: {
+        "corrections",
+        "device_tables",
+        "trust",
+        "dummies",
+        "hierarchy",
+        "pace",
+        "timeline",
+        "tensorboard",
+        "saved_tables",
+    },
     7: {"marking", "run", "inspection", "capabilities", "explanation"},
     8: {"analysis", "capture", "checks", "sample_runs", "trace_file"},
     9: {
