@@ -372,6 +372,9 @@ def _passes(folder: Path, told: Sequence[Any], scopes: list[Scope], unreadable: 
             for number, one in enumerate(told)
         ]
 
+    if len(scopes) < 2:
+        unreadable.append("marks.parquet cannot be read without the scopes in run.json")
+        return passes(None)
     try:
         return passes(pd.read_parquet(folder / "marks.parquet"))
     except Exception as error:

@@ -10,7 +10,7 @@ import pytest
 from builders import small_llava
 
 import profkit
-from profkit import comparison
+from profkit import comparison, sample_runs, sample_text
 from profkit import run as runs
 from profkit.errors import InputError
 
@@ -150,3 +150,21 @@ def test_plain_values_are_json():
     frame = pd.DataFrame({"a": [1.5, float("nan")]})
     assert runs.plain(frame.to_dict(orient="list")) == {"a": [1.5, None]}
     assert runs.plain({1: (Path("x"), frozenset([2]), float("inf"))}) == {"1": ["x", [2], None]}
+
+
+ROW = {"error": "", "rank": 0, "stages_ns": {"decode": 2_000_000}}
+
+
+def test_damaged_lines_of_a_run_over_samples_are_counted_and_named(tmp_path):
+    sample_runs.write_manifest(tmp_path, {"model": "m"})
+    rows = [json.dumps({"id": f"s{number}", **ROW}) + "\n" for number in range(4)]
+    (tmp_path / "samples.jsonl").write_text(rows[0] + rows[1][:20] + "\n" + "7\n" + rows[2] + rows[3][:15])
+    run = profkit.load(tmp_path)
+    assert run.rows["id"].tolist() == ["s0", "s2"]
+    # Half a line at the very end is what a crash leaves, no damage; rows without a total cannot be checked for it.
+    assert run.unreadable == [
+        "samples.jsonl: 2 damaged lines (2, 3): what they measured is missing",
+        f"the rows of {tmp_path.name} lack total_ns: whether stages sum to it cannot be checked",
+    ]
+    said = "\n".join(str(part) for part in sample_text.report(run))
+    assert "2 damaged lines (2, 3)" in said
