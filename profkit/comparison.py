@@ -129,7 +129,8 @@ def compare(base: Measured, other: Measured) -> pd.DataFrame:
 
     Columns: base_ms and other_ms (medians), base_low, base_high, other_low, other_high (95 % bootstrap intervals of
     the medians), ratio (other over base), ratio_low, ratio_high, differs (stats.differ(), at a level lowered for the
-    number of rows, so that in 95 % of comparisons of one thing with itself no row differs).
+    number of rows, so that in 95 % of comparisons of one thing with itself no row differs), enough (stats.can_differ():
+    with fewer repeats no difference whatever would be told from chance).
     Where both runs measured the same samples, or repeats in turn, ratios are paired: the median of the pairs' own.
     """
     one, two, paired = _aligned(base, other)
@@ -210,6 +211,7 @@ def _row(one: pd.Series, two: pd.Series, paired: bool, rows: int) -> dict[str, A
         "ratio_low": low,
         "ratio_high": high,
         "differs": stats.differ(a, b, paired, rows),
+        "enough": stats.can_differ(len(a), len(b), paired, rows),
     }
 
 

@@ -16,6 +16,8 @@ from profkit.spans import Spans
 
 CLOCKS = {"host_ms": "host clock", "device_ms": "device clock", "busy_ms": "device busy"}
 HEIGHT_OF_ROW = 22
+TOP, BOTTOM = 30, 90
+"""Margins of a figure; the one below holds the axis' numbers, its title and the legend."""
 OTHER_COLOUR = "#8a8f98"
 
 
@@ -32,16 +34,16 @@ def styled(fig: go.Figure, height: int, **layout: object) -> go.Figure:
         height=height,
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        margin={"l": 70, "r": 20, "t": 30, "b": 90},
-        legend={"orientation": "h", "yanchor": "top", "y": -60 / max(height - 80, 1), "traceorder": "normal"},
+        margin={"l": 70, "r": 20, "t": TOP, "b": BOTTOM},
+        legend={"orientation": "h", "yanchor": "top", "y": -58 / max(height - TOP - BOTTOM, 1), "traceorder": "normal"},
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": OTHER_COLOUR},
         **layout,
     )
     return fig
 
 
-def stage_bars(rows: Mapping[str, Mapping[str, float]]) -> go.Figure:
-    """Return a bar for each row, split into stages: {title: {stage: ms}}."""
+def stage_bars(rows: Mapping[str, Mapping[str, float]], unit: str = "ms") -> go.Figure:
+    """Return a bar for each row, split into stages: {title: {stage: ms}}; `unit` is the axis' title."""
     present = [name for name in stages.NAMES if any(name in row for row in rows.values())]
     titles = list(rows)
     fig = go.Figure(
@@ -58,7 +60,7 @@ def stage_bars(rows: Mapping[str, Mapping[str, float]]) -> go.Figure:
         ]
     )
     fig.update_yaxes(autorange="reversed", automargin=True)
-    fig.update_xaxes(title="ms")
+    fig.update_xaxes(title=unit)
     return styled(fig, 190 + 44 * len(titles), barmode="stack")
 
 
@@ -71,7 +73,7 @@ def of_clocks(run: Run) -> dict[str, dict[str, float]]:
 
 def step_lines(run: Run, cache_bytes: Sequence[int] | None) -> go.Figure:
     """Return the time per decode step: the median over passes, its spread, and what stands out."""
-    table = pace.iterations(run.clean)
+    table = _iterations(run)
     decode = table[table["phase"] == "decode"]
     fig = go.Figure()
     band = {"mode": "lines", "line_width": 0, "hoverinfo": "skip", "showlegend": False}
@@ -85,7 +87,7 @@ def step_lines(run: Run, cache_bytes: Sequence[int] | None) -> go.Figure:
         name="median over passes",
         hovertemplate="step %{x}: %{y:.3f} ms<extra></extra>",
     )
-    slow = pace.outliers(run.representative, run.clean)
+    slow = pace.outliers(run.representative, run.clean) if run.clean else []
     fig.add_scatter(
         x=[one.step for one in slow],
         y=[one.iteration_ms for one in slow],
@@ -105,11 +107,29 @@ def step_lines(run: Run, cache_bytes: Sequence[int] | None) -> go.Figure:
             hovertemplate="after step %{x}: %{y:.2f} MiB<extra></extra>",
         )
         fig.update_layout(
-            yaxis2={"overlaying": "y", "side": "right", "title": "cache, MiB", "rangemode": "tozero", "showgrid": False}
+            yaxis2={
+                "overlaying": "y",
+                "side": "right",
+                "title": "cache, MiB",
+                "rangemode": "tozero",
+                "showgrid": False,
+                "tickformat": ".3~f",
+            }
         )
-    fig.update_xaxes(title="decode step", tickformat="d")
-    fig.update_yaxes(title="ms a token", rangemode="tozero", selector={"anchor": "x"})
-    return styled(fig, 340)
+    fig = styled(fig, 340)
+    # Not update_yaxes(): that would give the cache's axis the title of the times, too.
+    fig.update_layout(
+        xaxis={"title": "decode step", "tickformat": "d"}, yaxis={"title": "ms a token", "rangemode": "tozero"}
+    )
+    return fig.update_layout(margin_r=80) if cache_bytes else fig
+
+
+def _iterations(run: Run) -> pd.DataFrame:
+    """Return the time of each step over the passes (see pace); of the one that was saved, where the rest is lost."""
+    if run.clean:
+        return pace.iterations(run.clean)
+    table = run.steps()
+    return table.assign(step=np.arange(len(table)), median_ms=table["iteration_ms"], p10_ms=np.nan, p90_ms=np.nan)
 
 
 def layer_map(spans: Spans) -> go.Figure | None:

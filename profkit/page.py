@@ -17,6 +17,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from profkit.errors import ProfkitError
+
+MOST_ROWS = 200
+"""Rows of a table that a page shows where there may be many."""
 TALL = 25
 """Rows from which on a table scrolls in a box of its own."""
 
@@ -104,7 +108,22 @@ def figure(fig: go.Figure, name: str, search: bool = False) -> str:
 def section(title: str, parts: Iterable[str], anchor: str = "") -> str:
     """Return a section with a heading."""
     mark = f' id="{anchor}"' if anchor else ""
-    return f"<section{mark}><h2>{escape(title)}</h2>{''.join(parts)}</section>"
+    return f"<section{mark}><h2>{escape(title)}</h2>{guarded(title, parts)}</section>"
+
+
+def guarded(title: str, parts: Iterable[str]) -> str:
+    """Return parts as far as they can be made; what stopped them is said, and the rest of the page goes on."""
+    made: list[str] = []
+    try:
+        made.extend(parts)
+    except ProfkitError as error:
+        made.append(paragraph(f"{title} cannot be shown: {error}", "failure"))
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        made.append(
+            paragraph(f"{title} cannot be shown in full, as the run holds what was not expected: {said}.", "failure")
+        )
+    return "".join(made)
 
 
 def fold(title: str, parts: Iterable[str]) -> str:

@@ -51,11 +51,12 @@ FLOORS = {
         "scalars",
         "overhead",
     },
-    10: {"sample_text", "comparison_text", "sampling", "verification", "figures", "tracing"},
-    11: {"report", "jobs"},
-    12: {"cli_reading", "viewing"},
-    13: {"cli_view"},
-    14: {"cli"},
+    10: {"sample_text", "comparison_text", "sampling", "verification", "figures", "tracing", "verdict_sections"},
+    11: {"run_sections", "sample_sections", "side_by_side", "jobs"},
+    12: {"report"},
+    13: {"cli_reading", "viewing"},
+    14: {"cli_view"},
+    15: {"cli"},
 }
 WITH_TORCH = {
     "cache",
