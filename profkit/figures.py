@@ -16,6 +16,16 @@ from profkit.spans import Spans
 
 CLOCKS = {"host_ms": "host clock", "device_ms": "device clock", "busy_ms": "device busy"}
 HEIGHT_OF_ROW = 22
+SCOPE_COLOURS = {
+    "layer": "#4f6f8f",
+    "module": "#7f95ab",
+    "stack": "#35506b",
+    "decoder": "#35506b",
+    "forward": "#5f5f7a",
+    "features": "#6f8f86",
+    "prepare": "#8f8672",
+}
+"""Of the kinds of scopes (see ledger.Scope): quieter than those of the stages, and none of them."""
 TOP, BOTTOM = 30, 90
 """Margins of a figure; the one below holds the axis' numbers, its title and the legend."""
 OTHER_COLOUR = "#8a8f98"
@@ -160,7 +170,7 @@ def layer_map(spans: Spans) -> go.Figure | None:
 
 
 def icicle(trees: Mapping[str, pd.DataFrame]) -> go.Figure:
-    """Return trees (see hierarchy) of which one is shown at a time, chosen by buttons that bear their titles."""
+    """Return trees (see hierarchy) of which the first is shown; the page's buttons show another."""
     fig = go.Figure()
     for number, tree in enumerate(trees.values()):
         names = [label(str(one)) for one in tree["label"]]
@@ -184,14 +194,7 @@ def icicle(trees: Mapping[str, pd.DataFrame]) -> go.Figure:
                 visible=number == 0,
             )
         )
-    buttons = [
-        {"label": title, "method": "update", "args": [{"visible": [number == one for number in range(len(trees))]}]}
-        for one, title in enumerate(trees)
-    ]
-    menu = {"type": "buttons", "direction": "right", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"}
-    menus = [{**menu, "buttons": buttons, "bgcolor": "rgba(128,128,128,0.2)"}] if len(trees) > 1 else []
-    fig = styled(fig, 620, updatemenus=menus)
-    return fig.update_layout(margin={"l": 5, "r": 5, "t": 50, "b": 10})
+    return styled(fig, 620).update_layout(margin={"l": 5, "r": 5, "t": 10, "b": 10})
 
 
 def _short(tree: pd.DataFrame, names: list[str]) -> list[str]:
@@ -216,9 +219,14 @@ def timeline(slices: pd.DataFrame, step: str) -> go.Figure:
     places = places.assign(rank=places["row"].map(order)).sort_values(["rank", "lane"])
     level = {(row, lane): number for number, (row, lane) in enumerate(zip(places["row"], places["lane"], strict=True))}
     mine = mine.assign(y=[level[place] for place in zip(mine["row"], mine["lane"], strict=True)])
+    # Earlier runs kept of a scope the stage it begins in, which says nothing of the rest of it.
+    unknown = (mine["row"] == "scopes") & (mine["kind"] == "")
+    mine = mine.assign(kind=mine["kind"].mask(unknown, "scope"), stage=mine["stage"].mask(unknown, "?"))
     fig = go.Figure()
-    for stage, rows in mine.groupby("stage", sort=False):
-        fig.add_trace(_bars(rows, str(stage)))
+    # What a scope is says its colour, as it may run through many stages; what anything else belongs to, its stage's.
+    for (kind, stage), rows in mine.groupby(["kind", mine["stage"].where(mine["kind"] == "", "")], sort=False):
+        title = f"scope: {kind}".removesuffix(": scope") if kind else str(stage) or "outside"
+        fig.add_trace(_bars(rows, title, SCOPE_COLOURS.get(str(kind), OTHER_COLOUR) if kind else colour_of(stage)))
     titles = [row if lane == 0 else "" for row, lane in level]
     fig.update_yaxes(
         tickvals=list(range(len(level))), ticktext=[label(one) for one in titles], autorange="reversed", automargin=True
@@ -227,18 +235,28 @@ def timeline(slices: pd.DataFrame, step: str) -> go.Figure:
     return styled(fig, 150 + HEIGHT_OF_ROW * len(level), hovermode="closest")
 
 
-def _bars(rows: pd.DataFrame, stage: str) -> go.Scatter:
+def _bars(rows: pd.DataFrame, title: str, colour: str) -> go.Scatter:
     """Return slices as one line with gaps, which a browser draws at once: begin, middle, end, gap."""
     start, length = rows["start_ms"].to_numpy(), rows["duration_ms"].to_numpy()
     x = np.stack([start, start + length / 2, start + length, np.full(len(rows), np.nan)], axis=1).ravel()
-    text = [f"{label(str(name), 70)}<br>{ms:.4f} ms, {stage}" for name, ms in zip(rows["name"], length, strict=True)]
+    columns = (rows[name] for name in ("name", "duration_ms", "kind", "stage"))
+    text = [_slice_text(*one) for one in zip(*columns, strict=True)]
     return go.Scatter(
         x=x.astype(np.float32),
         y=np.repeat(rows["y"].to_numpy(), 4).astype(np.int16),
         text=[one for said in text for one in ("", said, "", "")],
         mode="lines",
-        line={"width": HEIGHT_OF_ROW - 8, "color": colour_of(stage)},
+        line={"width": HEIGHT_OF_ROW - 8, "color": colour},
         opacity=0.85,
-        name=stage or "outside",
+        name=title,
         hovertemplate="%{text}<extra></extra>",
     )
+
+
+def _slice_text(name: object, ms: float, kind: str, stage: str) -> str:
+    said = f"{label(str(name), 70)}<br>{ms:.4f} ms, "
+    if not kind:
+        return said + (label(stage) or "of no stage")
+    if stage == "?":
+        return said + label(kind)
+    return said + label(kind) + (f"; most of its own time in {label(stage)}" if stage else "; no time of its own")

@@ -94,13 +94,22 @@ def pairs(values: Iterable[tuple[str, Any]]) -> str:
     return f'<div class="wide"><table class="pairs"><tbody>{rows}</tbody></table></div>'
 
 
-def figure(fig: go.Figure, name: str, search: bool = False) -> str:
-    """Return a plotly figure; with `search`, a field above it that finds nodes by what their names hold."""
+def figure(fig: go.Figure, name: str, search: bool = False, choices: Sequence[str] = ()) -> str:
+    """Return a plotly figure; with `search`, a field above it that finds nodes by what their names hold.
+
+    `choices` are the titles of its traces, if one of them is shown at a time: buttons choose it.
+    """
     # The text of a script element ends at "</": no angle bracket of a name must reach it.
     data = str(fig.to_json()).replace("<", "\\u003c")
     field = f'<input type="search" data-for="{name}" placeholder="search" aria-label="search {name}"><output></output>'
+    buttons = "".join(
+        f'<button type="button" data-for="{name}" data-trace="{number}" aria-pressed="{str(not number).lower()}">'
+        f"{escape(title)}</button>"
+        for number, title in enumerate(choices)
+    )
+    choice = f'<div class="choices">{buttons}</div>' if len(choices) > 1 else ""
     return (
-        f'<div class="figure">{field if search else ""}<div id="{name}" class="plot"></div>'
+        f'<div class="figure">{choice}{field if search else ""}<div id="{name}" class="plot"></div>'
         f'<script type="application/json" data-figure="{name}">{data}</script></div>'
     )
 

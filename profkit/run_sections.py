@@ -147,7 +147,7 @@ def _layers(run: Run, key: str) -> Iterator[str]:
     trees = {name: tree for name, tree in trees.items() if len(tree)}
     if not trees:
         return
-    yield page.figure(figures.icicle(trees), f"{key}-tree", search=True)
+    yield page.figure(figures.icicle(trees), f"{key}-tree", search=True, choices=list(trees))
     yield page.paragraph(
         "Steps of a kind are summed. The first tree is of the clean pass; trees of operators and kernels are of the "
         "steps that the profiled pass recorded, in the profiler's time. A click goes down; the search finds names.",
