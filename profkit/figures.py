@@ -45,7 +45,9 @@ def styled(fig: go.Figure, height: int, **layout: object) -> go.Figure:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         margin={"l": 70, "r": 20, "t": TOP, "b": BOTTOM},
-        legend={"orientation": "h", "yanchor": "top", "y": -58 / max(height - TOP - BOTTOM, 1), "traceorder": "normal"},
+        # At the figure's end: whatever rows a narrow page makes of it push the axis up rather than cross its title.
+        legend={"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0, "traceorder": "normal"},
+        xaxis_title_standoff=8,
         modebar={"bgcolor": "rgba(0,0,0,0)", "color": OTHER_COLOUR},
         **layout,
     )
@@ -69,7 +71,7 @@ def stage_bars(rows: Mapping[str, Mapping[str, float]], unit: str = "ms") -> go.
             for name in present
         ]
     )
-    fig.update_yaxes(autorange="reversed", automargin=True)
+    fig.update_yaxes(autorange="reversed", automargin=True, ticksuffix=" ")
     fig.update_xaxes(title=unit)
     return styled(fig, 190 + 44 * len(titles), barmode="stack")
 
@@ -123,7 +125,7 @@ def step_lines(run: Run, cache_bytes: Sequence[int] | None) -> go.Figure:
                 "title": "cache, MiB",
                 "rangemode": "tozero",
                 "showgrid": False,
-                "tickformat": ".3~f",
+                "tickmode": "auto",
             }
         )
     fig = styled(fig, 340)
@@ -166,7 +168,7 @@ def layer_map(spans: Spans) -> go.Figure | None:
     )
     fig.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
     fig.update_xaxes(title="step (0: prefill)", showgrid=False)
-    return styled(fig, max(260, 110 + 16 * len(table)))
+    return styled(fig, max(220, 80 + 16 * len(table))).update_layout(margin_b=55)
 
 
 def icicle(trees: Mapping[str, pd.DataFrame]) -> go.Figure:
