@@ -227,7 +227,7 @@ class Tracing:
         within = runs.recorded(spans, known)
         found = explain(profile_clock, events, within)
         result.operators, result.kernels, result.device = found.operators, found.kernels, found.device
-        result.timeline = found.timeline
+        result.timeline, result.trees = found.timeline, found.trees
         result.manifest["cache_bytes"] = watch.bytes_by_step
         file = trace_file.written(
             *(session.export(), profile_clock, events, found, known, self.plan.trace_budget_bytes),

@@ -25,7 +25,7 @@ from profkit.ledger import Marks, Scope
 from profkit.spans import Spans
 
 SCHEMA = 1
-OF_PROFILE = ("operators", "kernels", "device", "timeline")
+OF_PROFILE = ("operators", "kernels", "device", "timeline", "trees")
 """Tables of the profiled pass, kept as they were computed."""
 
 
@@ -50,7 +50,8 @@ class Run:
     `manifest` holds what was run, where and with what result, as plain JSON values. `operators`, `kernels` and `device`
     (see device_tables: operator_table, kernel_table, stage_table) are of the profiled pass and sum over the steps it
     recorded, whose number stands in each row. `timeline` is a prefill and a decode step of it, slice by slice (see
-    timeline.timeline). None without such a pass; `kernels` and `device` also without a device.
+    timeline.timeline), `trees` those steps from stages down to operators and kernels (see joint.trees). None without
+    such a pass; `kernels` and `device` also without a device.
     """
 
     manifest: dict[str, Any]
@@ -61,6 +62,7 @@ class Run:
     kernels: pd.DataFrame | None = None
     device: pd.DataFrame | None = None
     timeline: pd.DataFrame | None = None
+    trees: pd.DataFrame | None = None
     trace_json: bytes | None = None
     path: Path | None = None
     unreadable: list[str] = field(default_factory=list)

@@ -13,6 +13,8 @@ from profkit.page import MOST_ROWS, Column
 from profkit.run import Run
 from profkit.text import notes
 
+MOST_NODES = 2500
+"""Nodes of a tree in the page, which shall stay below 6 MB."""
 MILLISECONDS = (("host_ms", "host ms"), ("device_ms", "device ms"), ("busy_ms", "busy ms"))
 
 
@@ -136,23 +138,38 @@ def _layers(run: Run, key: str) -> Iterator[str]:
             "that a prefill does not leave the rest one colour.",
             "note",
         )
-    trees = {}
-    if run.clean:
-        trees["clean pass: stages, steps, scopes"] = hierarchy.scope_tree(run.representative)
+    yield from _trees(run, key)
+
+
+def _trees(run: Run, key: str) -> Iterator[str]:
+    found = {"clean pass: stages, steps, scopes": hierarchy.scope_tree(run.representative)} if run.clean else {}
     paths = [scope.path for scope in run.scopes]
-    if run.operators is not None:
-        trees["profiled steps: operators"] = hierarchy.event_tree(run.operators, paths, "self_ms", "calls")
-    if run.kernels is not None:
-        trees["profiled steps: kernels"] = hierarchy.event_tree(run.kernels, paths, "total_ms", "count")
-    trees = {name: tree for name, tree in trees.items() if len(tree)}
-    if not trees:
+    if run.trees is not None:
+        for clock, title in (("host", "down to operators"), ("device", "down to kernels")):
+            found[f"profiled steps: {title}"] = run.trees[run.trees["clock"] == clock].reset_index(drop=True)
+    else:
+        if run.operators is not None:
+            found["profiled steps: operators"] = hierarchy.event_tree(run.operators, paths, "self_ms", "calls")
+        if run.kernels is not None:
+            found["profiled steps: kernels"] = hierarchy.event_tree(run.kernels, paths, "total_ms", "count")
+    found = {title: tree for title, tree in found.items() if len(tree)}
+    if not found:
         return
-    yield page.figure(figures.icicle(trees), f"{key}-tree", search=True, choices=list(trees))
+    shown = {title: hierarchy.pruned(tree, MOST_NODES) for title, tree in found.items()}
+    yield page.figure(figures.icicle(shown), f"{key}-tree", search=True, choices=list(shown))
     yield page.paragraph(
-        "Steps of a kind are summed. The first tree is of the clean pass; trees of operators and kernels are of the "
-        "steps that the profiled pass recorded, in the profiler's time. A click goes down; the search finds names.",
+        "Steps of a kind are summed. The first tree is of the clean pass; others are of the steps that the profiled "
+        "pass recorded, in the profiler's time. Down to operators goes the host's time, down to kernels the device's. "
+        "A click goes down; the search finds names.",
         "note",
     )
+    cut = [f"{len(found[title]):,} in {title}" for title in found if len(shown[title]) < len(found[title])]
+    if cut:
+        yield page.paragraph(
+            f"The {MOST_NODES:,} largest nodes are shown (of {'; of '.join(cut)}): what is left out of a node is one "
+            "child of it, with its sum, and the search does not see into it.",
+            "note",
+        )
 
 
 def _modules(run: Run) -> Iterator[str]:

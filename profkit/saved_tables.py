@@ -38,6 +38,7 @@ SHAPES = {
         ("steps", "busy_ms", "sum_ms", "idle_ms", "launches_per_step"),
     ),
     "timeline": Shape(("step", "row", "lane", "name", "start_ms", "duration_ms"), ("stage", "kind")),
+    "trees": Shape(("clock", "id", "parent", "label", "level", "calls", "total_ms", "self_ms")),
     "stages": Shape(("stage", "host_ms"), (), ("calls", "host_ns", "device_ms", "busy_ms", "share")),
     "steps": Shape(("phase", "host_ms"), (), ("call", "step", "tokens", "device_ms", "iteration_ms")),
     "modules": Shape(("path",), ("stage",), ("calls", "total_ms", "self_ms", "device_ms")),

@@ -24,7 +24,7 @@ FLOORS = {
         *("sample_lists", "command", "ranks"),
     },
     4: {"attribution", "audit", "chrome", "phases", "probes", "roles", "annotate"},
-    5: {"foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"},
+    5: {"hierarchy", "foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"},
     6: {
         "corrections",
         "device_tables",
