@@ -189,7 +189,7 @@ def icicle(trees: Mapping[str, pd.DataFrame]) -> go.Figure:
                 # As lists: the page reads rows of two, which plotly would pack into bytes.
                 customdata=[[0.0, 0.0], *own.round(6).tolist()],
                 branchvalues="total",
-                maxdepth=8,
+                maxdepth=12,
                 marker={"colors": [OTHER_COLOUR, *(colour_of(name) for name in _stage_of(tree))]},
                 hovertemplate="%{hovertext}<br>total %{value:.3f} ms, own %{customdata[0]:.3f} ms, "
                 "calls %{customdata[1]:.0f}<br>%{percentRoot:.1%} of all<extra></extra>",
