@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from profkit.spans import Spans
 
 CLOCKS = {"host_ms": "host clock", "device_ms": "device clock", "busy_ms": "device busy"}
 HEIGHT_OF_ROW = 22
+OTHER_COLOUR = "#8a8f98"
 SCOPE_COLOURS = {
     "layer": "#4f6f8f",
     "module": "#7f95ab",
@@ -26,9 +28,9 @@ SCOPE_COLOURS = {
     "prepare": "#8f8672",
 }
 """Of the kinds of scopes (see ledger.Scope): quieter than those of the stages, and none of them."""
-TOP, BOTTOM = 30, 90
-"""Margins of a figure; the one below holds the axis' numbers, its title and the legend."""
-OTHER_COLOUR = "#8a8f98"
+TOP, BELOW_AXIS, LEGEND_ROW, LEGEND_ENTRIES = 30, 52, 19, 5
+"""Margins of a figure: above, below for the axis' numbers and title, and for the legend, a row of so many entries on
+a narrow page."""
 
 
 def colour_of(stage: object) -> str:
@@ -39,12 +41,14 @@ def colour_of(stage: object) -> str:
 
 def styled(fig: go.Figure, height: int, **layout: object) -> go.Figure:
     """Return a figure whose background is the page's; the page gives it its colours."""
+    entries = sum(getattr(trace, "showlegend", None) is not False for trace in fig.data)
+    legend_px = LEGEND_ROW * math.ceil(entries / LEGEND_ENTRIES)
     fig.update_layout(
         template="none",
         height=height,
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        margin={"l": 70, "r": 20, "t": TOP, "b": BOTTOM},
+        margin={"l": 70, "r": 20, "t": TOP, "b": BELOW_AXIS + legend_px},
         # At the figure's end: whatever rows a narrow page makes of it push the axis up rather than cross its title.
         legend={"orientation": "h", "yref": "container", "yanchor": "bottom", "y": 0, "traceorder": "normal"},
         xaxis_title_standoff=8,
@@ -73,7 +77,7 @@ def stage_bars(rows: Mapping[str, Mapping[str, float]], unit: str = "ms") -> go.
     )
     fig.update_yaxes(autorange="reversed", automargin=True, ticksuffix=" ")
     fig.update_xaxes(title=unit)
-    return styled(fig, 190 + 44 * len(titles), barmode="stack")
+    return styled(fig, 200 + 44 * len(titles), barmode="stack")
 
 
 def of_clocks(run: Run) -> dict[str, dict[str, float]]:
@@ -96,7 +100,7 @@ def step_lines(run: Run, cache_bytes: Sequence[int] | None) -> go.Figure:
         y=decode["median_ms"],
         mode="lines",
         line_color=colour_of("decode"),
-        name="median over passes",
+        name="median over passes" if run.clean else "the pass of median total",
         hovertemplate="step %{x}: %{y:.3f} ms<extra></extra>",
     )
     slow = pace.outliers(run.representative, run.clean) if run.clean else []

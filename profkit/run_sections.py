@@ -13,8 +13,8 @@ from profkit.page import MOST_ROWS, Column
 from profkit.run import Run
 from profkit.text import notes
 
-MOST_NODES = 2500
-"""Nodes of a tree in the page, which shall stay below 6 MB."""
+MOST_NODES = 3600
+"""Nodes of all trees together, which have equal shares of it: the page shall stay below 6 MB."""
 MILLISECONDS = (("host_ms", "host ms"), ("device_ms", "device ms"), ("busy_ms", "busy ms"))
 
 
@@ -155,18 +155,22 @@ def _trees(run: Run, key: str) -> Iterator[str]:
     found = {title: tree for title, tree in found.items() if len(tree)}
     if not found:
         return
-    shown = {title: hierarchy.pruned(tree, MOST_NODES) for title, tree in found.items()}
+    most = MOST_NODES // len(found)
+    shown = {title: hierarchy.pruned(tree, most) for title, tree in found.items()}
     yield page.figure(figures.icicle(shown), f"{key}-tree", search=True, choices=list(shown))
-    yield page.paragraph(
-        "Steps of a kind are summed. The first tree is of the clean pass; others are of the steps that the profiled "
-        "pass recorded, in the profiler's time. Down to operators goes the host's time, down to kernels the device's. "
-        "A click goes down; the search finds names.",
-        "note",
-    )
+    yield page.paragraph("Steps of a kind are summed. A click goes down; the search finds names.", "note")
+    if run.operators is None and run.trees is None:
+        yield page.paragraph(_missing(run, "operators and kernels in the tree"), "note")
+    else:
+        yield page.paragraph(
+            "Trees of profiled steps are of those that the profiled pass recorded, in the profiler's time: the host's "
+            "down to operators, the device's, where there is one, down to kernels.",
+            "note",
+        )
     cut = [f"{len(found[title]):,} in {title}" for title in found if len(shown[title]) < len(found[title])]
     if cut:
         yield page.paragraph(
-            f"The {MOST_NODES:,} largest nodes are shown (of {'; of '.join(cut)}): what is left out of a node is one "
+            f"The {most:,} largest nodes are shown (of {'; of '.join(cut)}): what is left out of a node is one "
             "child of it, with its sum, and the search does not see into it.",
             "note",
         )

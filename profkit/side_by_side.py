@@ -92,6 +92,6 @@ def _pair(base: Measured, other: Measured) -> Iterator[str]:
 
 def _said(rows: pd.DataFrame) -> list[str]:
     return [
-        "beyond chance" if differs else "not beyond chance" if enough else "too few repeats to tell"
+        "beyond chance" if differs else "not beyond chance" if enough else "too few repeats"
         for differs, enough in zip(rows["differs"], rows["enough"], strict=True)
     ]

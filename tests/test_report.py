@@ -213,6 +213,17 @@ def test_what_a_run_lacks_is_named_and_the_rest_shown(run, tmp_path, file, chang
     assert f"{run.stages().loc['vision', 'host_ms']:.2f}" in page.text
 
 
+def test_a_large_tree_is_cut_and_says_so(run, monkeypatch):
+    monkeypatch.setattr("profkit.run_sections.MOST_NODES", 100)
+    page = Page(report.html_of([run]))
+    nodes = len(run.trees)
+    assert "The 50 largest nodes are shown (of " in page.text and f"of {nodes:,} in profiled steps" in page.text
+    tree = page.figure("run-tree")["data"][1]
+    assert any(name.endswith(" smaller") for name in tree["labels"]) and len(tree["labels"]) < nodes
+    tops = [ms for ms, parent in zip(numbers(tree["values"]), tree["parents"], strict=True) if parent == "all"]
+    assert sum(tops) == pytest.approx(run.trees[run.trees["parent"] < 0]["total_ms"].sum())
+
+
 def test_a_section_that_stops_says_so_and_the_page_goes_on(run, tmp_path):
     odd = hurt(run, tmp_path / "odd", "run.json", lambda path: None)
     odd.manifest["checks"]["encoded"] = {"repeats": [{}]}
@@ -244,7 +255,7 @@ def test_several_runs_stand_side_by_side(run, tmp_path):
     assert len(numbers(decode["x"])) == 2
     assert page.figure("run0-stages")["data"] and page.figure("run1-stages")["data"]
     # Three repeats each: the smallest p is 2 / 20, so no difference could be told from chance.
-    assert "too few repeats to tell" in page.text and "not beyond chance" not in page.text
+    assert "too few repeats" in page.text and "not beyond chance" not in page.text
     ends = [sum(numbers(one["x"])[0] for one in bars), float(run.spread().loc["total", "median_ms"])]
     assert f"{ends[0]:.1f} ms here, {ends[1]:.1f} ms there" in page.text
     assert page.figure("side-by-side")["layout"]["xaxis"]["title"]["text"] == "ms, medians"
