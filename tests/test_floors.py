@@ -35,6 +35,7 @@ FLOORS = {
         "timeline",
         "tensorboard",
         "saved_tables",
+        "joint",
     },
     7: {"marking", "run", "inspection", "capabilities", "explanation"},
     8: {"analysis", "capture", "checks", "sample_runs", "trace_file"},
