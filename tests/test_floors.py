@@ -30,7 +30,6 @@ FLOORS = {
         "device_tables",
         "trust",
         "dummies",
-        "hierarchy",
         "pace",
         "timeline",
         "tensorboard",
