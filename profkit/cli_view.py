@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ def view(path: Path, port: int, debug: bool) -> None:
     """
     from profkit.viewing import TRACE, server_for
 
-    with server_for(path, port) as server, _tensorboard(path) as board:
+    with _ended_by_sigterm(), server_for(path, port) as server, _tensorboard(path) as board:
         for title, link in {**server.links, **board}.items():
             click.echo(f"{title}: {link}")
         if TRACE not in server.site.files:
@@ -40,6 +41,20 @@ def view(path: Path, port: int, debug: bool) -> None:
             server.serve_forever()
         except KeyboardInterrupt:
             click.echo("")
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Make of SIGTERM, a scheduler's way to end a command, an exception: what was started is ended, copies removed."""
+
+    def end(*_: object) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -89,7 +89,9 @@ def of_figures(told: Mapping[str, Any]) -> Measured:
 
 
 def of_run(run: runs.Run) -> Measured:
-    """Return the clean passes of a run as rows."""
+    """Return the clean passes of a run as rows. Raises InputError if there is none that can be read."""
+    if not run.clean:
+        raise InputError(f"{run.path or 'A run'} holds no clean pass that can be read: there is nothing to compare.")
     times = pd.DataFrame([tables.stage_ns(spans) / 1e6 for spans in run.clean], columns=list(stages.NAMES))
     call = (run.manifest.get("calls") or [{}])[0]
     found = run.latency()
@@ -127,7 +129,8 @@ def compare(base: Measured, other: Measured) -> pd.DataFrame:
 
     Columns: base_ms and other_ms (medians), base_low, base_high, other_low, other_high (95 % intervals of the
     medians), ratio (other over base), ratio_low, ratio_high, differs (stats.differ(), at a level lowered for the
-    number of rows, so that in 95 % of comparisons of one thing with itself no row differs).
+    number of rows, so that in 95 % of comparisons of one thing with itself no row differs), enough (stats.can_differ():
+    with fewer repeats no difference whatever would be told from chance).
     Where both runs measured the same samples, or repeats in turn, ratios are paired: the median of the pairs' own.
     """
     one, two, paired = _aligned(base, other)
@@ -208,6 +211,7 @@ def _row(one: pd.Series, two: pd.Series, paired: bool, rows: int) -> dict[str, A
         "ratio_low": low,
         "ratio_high": high,
         "differs": stats.differ(a, b, paired, rows),
+        "enough": stats.can_differ(len(a), len(b), paired, rows),
     }
 
 

@@ -71,8 +71,19 @@ def describe(model: nn.Module) -> dict[str, Any]:
             **{name: _version(name) for name in ("profkit", "torch", "transformers", "numpy", "pandas")},
         },
         "platform": f"{platform.system()} {platform.machine()}",
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": command_as_run(),
     }
+
+
+def command_as_run() -> list[str]:
+    """Return the words of the command that this process was started with, as it could be given again."""
+    program, *arguments = sys.argv or [""]
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is not None:
+        return ["python", "-m", spec.name.removesuffix(".__main__"), *arguments]
+    if program.endswith(".py"):
+        return ["python", program, *arguments]
+    return [Path(program).name, *arguments]
 
 
 def hashes(values: Mapping[str, Any]) -> dict[str, str]:

@@ -10,6 +10,7 @@ import pandas as pd
 from profkit.attribution import Owners, is_range, missing_ranges, owners_in
 from profkit.device_tables import OPERATOR_KINDS, kernel_table, operator_table, stage_table, step_table
 from profkit.events import DEVICE, Events
+from profkit.joint import trees
 from profkit.nesting import nest
 from profkit.occupancy import occupancy
 from profkit.spans import Spans
@@ -23,7 +24,8 @@ class Explanation:
 
     Every row of a table tells in `steps` how many recorded steps its stage occurs in: the profile holds windows of a
     generation, so its sums are per window, never of the whole. `kernels` and `device` are None without a device.
-    `timeline` holds a prefill and a decode step slice by slice (see timeline.timeline), `owners` who owns each event;
+    `timeline` holds a prefill and a decode step slice by slice (see timeline.timeline), `trees` the recorded steps from
+    stages down to operators and kernels (see joint.trees), `owners` who owns each event;
     `busy_share` is, under the name of a counter, each step's busy time over its time on the host, the mean
     over devices; empty without one.
     """
@@ -35,6 +37,7 @@ class Explanation:
     owners: Owners
     busy_share: dict[str, dict[int, float]]
     checks: list[Check]
+    trees: pd.DataFrame
 
 
 def explain(spans: Spans, events: Events, within: np.ndarray) -> Explanation:
@@ -55,8 +58,9 @@ def explain(spans: Spans, events: Events, within: np.ndarray) -> Explanation:
         *of_events(events, owners, occupied, forest),
     ]
     slices = timeline(spans, within, events, owners, forest)
+    joint_trees = trees(spans, within, events, owners, forest)
     if not events.is_kind(*DEVICE).any():
-        return Explanation(operators, None, None, slices, owners, {}, checks)
+        return Explanation(operators, None, None, slices, owners, {}, checks, joint_trees)
     kernels = _with_steps(kernel_table(events, owners, forest), recorded)
     device = stage_table(events, owners, occupied)
     device["steps"] = device["stage"].map(recorded).fillna(device["steps"]).clip(lower=1).astype(int)
@@ -65,7 +69,8 @@ def explain(spans: Spans, events: Events, within: np.ndarray) -> Explanation:
     share = dict(
         zip(each["step"].tolist(), (each["busy_ms"] / each["host_ms"] / len(events.devices)).tolist(), strict=True)
     )
-    return Explanation(operators, kernels, device, slices, owners, {"device busy (share)": share}, checks)
+    busy_share = {"device busy (share)": share}
+    return Explanation(operators, kernels, device, slices, owners, busy_share, checks, joint_trees)
 
 
 def _with_steps(table: pd.DataFrame, recorded: dict[str, int]) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -24,27 +24,26 @@ def scope_tree(spans: Spans) -> pd.DataFrame:
     scopes as they nested. Stages sum to the total of the pass, and each node's own time and children to its total.
     """
     rows = np.flatnonzero((spans.stage >= 0) & (spans.host_ns > 0))
-    chain, chains = _chains(spans)
+    chain, chains = chains_of(spans)
     owner = spans.owner[rows]
-    prefill = np.append(spans.steps.prefill, False)[spans.step[rows]]
-    phase = np.where(spans.step[rows] < 0, 0, np.where(prefill, 1, 2))
+    phase = np.append(phase_of_steps(spans), 0)[spans.step[rows]]
     leaves = pd.DataFrame({"stage": spans.stage[rows], "phase": phase, "chain": chain[owner], "span": owner})
     leaves = leaves.assign(self_ns=spans.host_ns[rows])
     keys = ["stage", "phase", "chain"]
     grouped = leaves.groupby(keys).agg(self_ns=("self_ns", "sum"), calls=("span", "nunique")).reset_index()
-    tree = _Tree()
+    tree = Tree()
     for stage, phase_of, number, self_ns, calls in zip(
         *(grouped[name].tolist() for name in (*keys, "self_ns", "calls")), strict=True
     ):
         path: list[tuple[str, str]] = [(stages.NAMES[stage], "stage")]
         if phase_of:
-            path.append((_steps_label(spans, phase_of == 1), "steps"))
+            path.append((steps_label(phase_of == 1, int((spans.steps.prefill == (phase_of == 1)).sum())), "steps"))
         path += [(spans.scopes[scope].path, "scope") for scope in chains[number]]
         tree.add(path, self_ns, calls)
-    return tree.table(dict(enumerate(stages.NAMES)))
+    return tree.table()
 
 
-def _chains(spans: Spans) -> tuple[np.ndarray, list[tuple[int, ...]]]:
+def chains_of(spans: Spans) -> tuple[np.ndarray, list[tuple[int, ...]]]:
     """Return for each span the number of its chain, and for each chain the scopes from the outermost to its own."""
     around = np.array([scope.kind in AROUND for scope in spans.scopes], dtype=bool)
     chain = np.zeros(len(spans), dtype=np.int64)
@@ -66,13 +65,18 @@ def _chains(spans: Spans) -> tuple[np.ndarray, list[tuple[int, ...]]]:
     return chain, chains
 
 
-def _steps_label(spans: Spans, prefill: bool) -> str:
-    count = int((spans.steps.prefill == prefill).sum())
+def phase_of_steps(spans: Spans) -> np.ndarray:
+    """Return 1 for each prefill step, 2 for each decode step."""
+    return np.where(spans.steps.prefill, 1, 2)
+
+
+def steps_label(prefill: bool, count: int) -> str:
+    """Return what so many steps of a kind are called."""
     name = "prefill" if prefill else "decode"
     return f"{name} step" if count == 1 else f"{count} {name} steps"
 
 
-class _Tree:
+class Tree:
     """Nodes by their path of (label, level)."""
 
     def __init__(self) -> None:
@@ -86,9 +90,9 @@ class _Tree:
         node[0] += self_ns
         node[1] += calls
 
-    def table(self, order: Mapping[int, str]) -> pd.DataFrame:
+    def table(self) -> pd.DataFrame:
         """Return the nodes, parents first, stages in their order."""
-        place = {name: number for number, name in order.items()}
+        place = {name: number for number, name in enumerate(stages.NAMES)}
         nodes = sorted(self._own, key=lambda path: (len(path), place.get(path[0][0], len(place))))
         number = {path: one for one, path in enumerate(nodes)}
         total = {path: self._own[path][0] for path in nodes}
@@ -111,7 +115,7 @@ def event_tree(table: pd.DataFrame, paths: Sequence[str], time: str, count: str)
     `paths` are the modules that may stand between, `time` and `count` the columns to sum. Columns as in scope_tree();
     level is stage, scope or event.
     """
-    tree, known = _Tree(), set(paths)
+    tree, known = Tree(), set(paths)
     names = table[table[time] > 0]
     for stage, path, name, own_ms, calls in zip(
         *(names[column].tolist() for column in ("stage", "path", "name", time, count)), strict=True
@@ -120,7 +124,44 @@ def event_tree(table: pd.DataFrame, paths: Sequence[str], time: str, count: str)
         above = (".".join(parts[:length]) for length in range(1, len(parts)))
         scopes = [(one, "scope") for one in (*(one for one in above if one in known), path) if one]
         tree.add([(stage, "stage"), *scopes, (name, "event")], round(own_ms * MS), calls)
-    return tree.table(dict(enumerate(stages.NAMES)))
+    return tree.table()
+
+
+def pruned(tree: pd.DataFrame, most: int) -> pd.DataFrame:
+    """Return the largest `most` nodes of a tree; what is left out of a node is one child of it that says how many.
+
+    The new nodes have the level rest, and their total is their own time: sums stay as they were.
+    """
+    if len(tree) <= most:
+        return tree
+    # Parents stand first and are no smaller than their children: the largest nodes are a tree of their own.
+    kept = np.zeros(len(tree), dtype=bool)
+    kept[np.argsort(-tree["total_ms"].to_numpy(), kind="stable")[:most]] = True
+    parent = tree["parent"].to_numpy()
+    for row in range(len(tree)):
+        kept[row] &= parent[row] < 0 or kept[parent[row]]
+    cut = tree[~kept & ((parent < 0) | np.append(kept, False)[parent])]
+    below = np.ones(len(tree), dtype=np.int64)
+    for row in range(len(tree) - 1, -1, -1):
+        if parent[row] >= 0:
+            below[parent[row]] += below[row]
+    rest = (
+        cut.assign(nodes=below[cut.index]).groupby("parent").agg(nodes=("nodes", "sum"), total_ms=("total_ms", "sum"))
+    )
+    made = pd.DataFrame(
+        {
+            "id": np.arange(len(rest)) + int(tree["id"].max()) + 1,
+            "parent": rest.index,
+            "label": [f"{number} smaller" for number in rest["nodes"]],
+            "level": "rest",
+            "calls": 0,
+            "total_ms": rest["total_ms"].to_numpy(),
+            "self_ms": rest["total_ms"].to_numpy(),
+        }
+    )
+    whole = pd.concat([tree[kept], made], ignore_index=True)
+    number = pd.Series(np.arange(len(whole)), index=whole["id"])
+    return whole.assign(id=np.arange(len(whole)), parent=[number.get(one, NOBODY) for one in whole["parent"]])
 
 
 def layer_table(spans: Spans) -> pd.DataFrame:

@@ -64,7 +64,10 @@ def parse_size(size: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?)B?\s*", size)
     if match is None:
         raise InputError(f"--trace-budget {size!r} is no size such as 50MB or 800kB.")
-    return round(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]])
+    found = round(float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]])
+    if not found:
+        raise InputError(f"--trace-budget {size!r} is nothing: --no-profile leaves the trace out.")
+    return found
 
 
 def new_directory(model: str) -> Path:

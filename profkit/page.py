@@ -17,6 +17,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from profkit.errors import ProfkitError
+
+MOST_ROWS = 200
+"""Rows of a table that a page shows where there may be many."""
 TALL = 25
 """Rows from which on a table scrolls in a box of its own."""
 
@@ -90,13 +94,22 @@ def pairs(values: Iterable[tuple[str, Any]]) -> str:
     return f'<div class="wide"><table class="pairs"><tbody>{rows}</tbody></table></div>'
 
 
-def figure(fig: go.Figure, name: str, search: bool = False) -> str:
-    """Return a plotly figure; with `search`, a field above it that finds nodes by what their names hold."""
+def figure(fig: go.Figure, name: str, search: bool = False, choices: Sequence[str] = ()) -> str:
+    """Return a plotly figure; with `search`, a field above it that finds nodes by what their names hold.
+
+    `choices` are the titles of its traces, if one of them is shown at a time: buttons choose it.
+    """
     # The text of a script element ends at "</": no angle bracket of a name must reach it.
     data = str(fig.to_json()).replace("<", "\\u003c")
     field = f'<input type="search" data-for="{name}" placeholder="search" aria-label="search {name}"><output></output>'
+    buttons = "".join(
+        f'<button type="button" data-for="{name}" data-trace="{number}" aria-pressed="{str(not number).lower()}">'
+        f"{escape(title)}</button>"
+        for number, title in enumerate(choices)
+    )
+    choice = f'<div class="choices">{buttons}</div>' if len(choices) > 1 else ""
     return (
-        f'<div class="figure">{field if search else ""}<div id="{name}" class="plot"></div>'
+        f'<div class="figure">{choice}{field if search else ""}<div id="{name}" class="plot"></div>'
         f'<script type="application/json" data-figure="{name}">{data}</script></div>'
     )
 
@@ -104,7 +117,22 @@ def figure(fig: go.Figure, name: str, search: bool = False) -> str:
 def section(title: str, parts: Iterable[str], anchor: str = "") -> str:
     """Return a section with a heading."""
     mark = f' id="{anchor}"' if anchor else ""
-    return f"<section{mark}><h2>{escape(title)}</h2>{''.join(parts)}</section>"
+    return f"<section{mark}><h2>{escape(title)}</h2>{guarded(title, parts)}</section>"
+
+
+def guarded(title: str, parts: Iterable[str]) -> str:
+    """Return parts as far as they can be made; what stopped them is said, and the rest of the page goes on."""
+    made: list[str] = []
+    try:
+        made.extend(parts)
+    except ProfkitError as error:
+        made.append(paragraph(f"{title} cannot be shown: {error}", "failure"))
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        made.append(
+            paragraph(f"{title} cannot be shown in full, as the run holds what was not expected: {said}.", "failure")
+        )
+    return "".join(made)
 
 
 def fold(title: str, parts: Iterable[str]) -> str:

@@ -84,6 +84,8 @@ class Plan:
         self.profile_steps = frozenset(self.profile_steps)
         if self.granularity not in GRANULARITIES:
             raise InputError(f"Unknown granularity {self.granularity!r}: choose one of {', '.join(GRANULARITIES)}.")
+        if self.trace_budget_bytes < 1:
+            raise InputError(f"trace_budget_bytes is {self.trace_budget_bytes}: profile=False leaves the trace out.")
         if self.warmup < 0:
             raise InputError(f"warmup is {self.warmup}: it cannot be negative.")
 
@@ -263,7 +265,7 @@ class Tracing:
         within = runs.recorded(spans, known)
         found = explain(profile_clock, events, within)
         result.operators, result.kernels, result.device = found.operators, found.kernels, found.device
-        result.timeline = found.timeline
+        result.timeline, result.trees = found.timeline, found.trees
         result.manifest["cache_bytes"] = watch.bytes_by_step
         file = trace_file.written(
             *(session.export(), profile_clock, events, found, known, self.plan.trace_budget_bytes),
@@ -271,9 +273,7 @@ class Tracing:
             watch.series(),
         )
         result.trace_json = file.text
-        if file.steps != known:
-            budget = f"{self.plan.trace_budget_bytes / 1e6:g} MB"
-            self.notes.append(f"the trace holds {len(file.steps)} of {len(known)} recorded steps: more pass {budget}")
+        self.notes += file.notes(len(known), self.plan.trace_budget_bytes)
         result.manifest["checks"] = {
             "trace": validation.validate_text(result.trace_json),
             "profile": [asdict(one) for one in found.checks],

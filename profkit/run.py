@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from profkit import annotate, corrections, device_tables, stages, stats, tables, tensorboard
+from profkit import annotate, corrections, device_tables, saved_tables, stages, stats, tables, tensorboard
 from profkit.anatomy import Anatomy
 from profkit.errors import InputError, ProfkitError
 from profkit.ledger import Marks, Scope
 from profkit.spans import Spans
 
 SCHEMA = 1
-OF_PROFILE = ("operators", "kernels", "device", "timeline")
+OF_PROFILE = ("operators", "kernels", "device", "timeline", "trees")
 """Tables of the profiled pass, kept as they were computed."""
 KEPT = (*OF_PROFILE, "memory")
 
@@ -51,7 +51,8 @@ class Run:
     `manifest` holds what was run, where and with what result, as plain JSON values. `operators`, `kernels` and `device`
     (see device_tables: operator_table, kernel_table, stage_table) are of the profiled pass and sum over the steps it
     recorded, whose number stands in each row. `timeline` is a prefill and a decode step of it, slice by slice (see
-    timeline.timeline). None without such a pass; `kernels` and `device` also without a device. `memory` is that of the
+    timeline.timeline), `trees` those steps from stages down to operators and kernels (see joint.trees). None without
+    such a pass; `kernels` and `device` also without a device. `memory` is that of the
     devices at the boundaries of stages, in bytes (see memory.memory_table); None where there is none to read.
     """
 
@@ -63,11 +64,14 @@ class Run:
     kernels: pd.DataFrame | None = None
     device: pd.DataFrame | None = None
     timeline: pd.DataFrame | None = None
+    trees: pd.DataFrame | None = None
     memory: pd.DataFrame | None = None
     trace_json: bytes | None = None
     path: Path | None = None
     unreadable: list[str] = field(default_factory=list)
     """What of a saved run could not be read, a sentence each."""
+    kept: saved_tables.Kept | None = None
+    """Tables of the clean passes that were saved beside their marks, where these cannot be read."""
 
     def __repr__(self) -> str:
         name = self.manifest.get("model") or self.anatomy.model_class
@@ -96,9 +100,13 @@ class Run:
     def representative(self) -> Spans:
         """The clean pass whose total is the median (the lower one of two)."""
         if not self.clean:
-            raise InputError("This run holds no finished clean pass, so there are no times to show.")
+            raise InputError(self._no_times())
         totals = [float(tables.stage_table(spans)["host_ns"].sum()) for spans in self.clean]
         return self.clean[stats.median_index(totals)]
+
+    def _no_times(self) -> str:
+        said = "This run holds no finished clean pass, so there are no times to show"
+        return f"{said}: {'; '.join(self.unreadable)}." if self.unreadable else f"{said}."
 
     def stages(self) -> pd.DataFrame:
         """Return a row a stage: index `stage`; columns calls, host_ns, host_ms, device_ms, busy_ms, share.
@@ -107,6 +115,8 @@ class Run:
         Rows sum to the total of the calls of generate(), `other` included; where the run also loaded and
         preprocessed its inputs, these have rows of their own and the sum is the sample's total.
         """
+        if not self.clean and self.kept is not None and self.kept.stages is not None:
+            return self.kept.stages.set_index("stage")
         table = tables.stage_table(self.representative)
         if self.device is None:
             return table
@@ -123,6 +133,8 @@ class Run:
 
     def spread(self) -> pd.DataFrame:
         """Return, over all clean passes, each stage's median_ms, p10_ms and p90_ms, and those of the total."""
+        if not self.clean and self.kept is not None and self.kept.spread is not None:
+            return self.kept.spread
         each = pd.DataFrame([tables.stage_table(spans)["host_ms"] for spans in self.clean]).fillna(0.0)
         each = each[[name for name in stages.NAMES if name in each.columns]]
         each["total"] = each.sum(axis=1)
@@ -132,17 +144,23 @@ class Run:
 
     def steps(self) -> pd.DataFrame:
         """Return a row a step: call, step, phase (prefill or decode), tokens, host_ms, device_ms, iteration_ms."""
+        if not self.clean and self.kept is not None and self.kept.steps is not None:
+            return self.kept.steps
         return tables.step_table(self.representative)
 
     def modules(self) -> pd.DataFrame:
         """Return a row a module path or probed method: path, stage, calls, total_ms, self_ms, device_ms."""
+        if not self.clean and self.kept is not None and self.kept.modules is not None:
+            return self.kept.modules
         return tables.module_table(self.representative)
 
     def latency(self) -> tables.Latency:
         """Return TTFT, TPOT and throughput of the representative pass, and ITL over all clean passes."""
-        first = (self.manifest.get("calls") or [{}])[0]
+        if not self.clean and self.kept is not None and self.kept.latency is not None:
+            return self.kept.latency
+        first, shown = (self.manifest.get("calls") or [{}])[0], self.representative
         pooled_ms = np.concatenate([tables.token_gaps_ms(spans) for spans in self.clean])
-        return tables.latency(self.representative, first.get("batch") or 1, first.get("new_tokens"), pooled_ms)
+        return tables.latency(shown, first.get("batch") or 1, first.get("new_tokens"), pooled_ms)
 
     def overhead(self) -> float:
         """Return clean over control time of generate(), the median of pairs; NaN without controls."""
@@ -307,6 +325,8 @@ def _write(run: Run, folder: Path) -> None:
         "passes": passes,
     }
     marks = [_marks_frame(number, one.spans) for number, one in enumerate(run.passes) if one.spans is not None]
+    if not marks:
+        raise InputError(run._no_times())
     _parquet(pd.concat(marks, ignore_index=True), folder / "marks.parquet")
     if run.clean:
         _parquet(run.stages().reset_index(), folder / "stages.parquet")
@@ -344,37 +364,57 @@ def _marks_frame(number: int, spans: Spans) -> pd.DataFrame:
 
 
 def _read(folder: Path, manifest: dict[str, Any]) -> Run:
-    scopes = [Scope("", "outside"), *(Scope(**scope) for scope in manifest.pop("scopes"))]
-    frame = pd.read_parquet(folder / "marks.parquet")
-    told = manifest.pop("passes")
-    passes = [
-        Pass(one["kind"], one["generate_ns"], _spans_of(frame, number, scopes), tuple(one["steps_recorded"]))
-        for number, one in enumerate(told)
-    ]
-    here = frame["pass"].value_counts()
-    lost = [
-        f"marks.parquet holds {here.get(number, 0)} marks of pass {number}, which had {one['marks']}"
-        for number, one in enumerate(told)
-        if one.get("marks", here.get(number, 0)) != here.get(number, 0)
-    ]
-    anatomy = Anatomy.from_record(manifest.pop("anatomy"))
-    for key in ("schema", "latency"):
-        manifest.pop(key)
-    run = Run(manifest, anatomy, scopes, passes, path=folder, unreadable=lost)
+    unreadable: list[str] = []
+    lacking = [name for name in ("anatomy", "scopes", "passes") if name not in manifest]
+    if lacking:
+        unreadable.append(f"run.json lacks {', '.join(lacking)}")
+    scopes = [Scope("", "outside"), *(Scope(**scope) for scope in manifest.pop("scopes", []))]
+    passes = _passes(folder, manifest.pop("passes", []), scopes, unreadable)
+    record = manifest.pop("anatomy", None)
+    anatomy = Anatomy.from_record(record) if record else Anatomy(str(manifest.get("model_class")), ())
+    manifest.pop("schema")
+    latency = manifest.pop("latency", None)
+    run = Run(manifest, anatomy, scopes, passes, path=folder, unreadable=unreadable)
+    if not run.clean:
+        run.kept = saved_tables.kept(folder, latency, unreadable)
     for name in KEPT:
-        setattr(run, name, _kept_table(folder / f"{name}.parquet", run.unreadable))
+        setattr(run, name, saved_tables.read(folder / f"{name}.parquet", unreadable))
     if run.memory is not None:
         run.memory = run.memory.set_index("stage")
     return run
 
 
-def _kept_table(path: Path, unreadable: list[str]) -> pd.DataFrame | None:
-    """Return a table that explains more than the marks do, and without which a run can still be shown."""
+def _passes(folder: Path, told: Sequence[Any], scopes: list[Scope], unreadable: list[str]) -> list[Pass]:
+    """Return the passes; without their spans, which is said, where the marks cannot be read."""
+
+    def passes(frame: pd.DataFrame | None) -> list[Pass]:
+        return [
+            Pass(
+                *(one["kind"], one["generate_ns"], None if frame is None else _spans_of(frame, number, scopes)),
+                tuple(one["steps_recorded"]),
+            )
+            for number, one in enumerate(told)
+        ]
+
+    if len(scopes) < 2:
+        unreadable.append("marks.parquet cannot be read without the scopes in run.json")
+        return passes(None)
     try:
-        return pd.read_parquet(path) if path.exists() else None
+        frame = pd.read_parquet(folder / "marks.parquet")
+        found, here = passes(frame), frame["pass"].value_counts()
     except Exception as error:
-        unreadable.append(f"{path.name} is damaged, so its table is missing: {type(error).__name__}")
-        return None
+        unreadable.append(f"marks.parquet cannot be read, so what is made of the marks is missing: {_said(error)}")
+        return passes(None)
+    unreadable += [
+        f"marks.parquet holds {here.get(number, 0)} marks of pass {number}, which had {one['marks']}"
+        for number, one in enumerate(told)
+        if one.get("marks", here.get(number, 0)) != here.get(number, 0)
+    ]
+    return found
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _spans_of(frame: pd.DataFrame, number: int, scopes: list[Scope]) -> Spans | None:

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,11 @@ ROWS, MANIFEST, SCHEMA = "samples.jsonl", "run.json", 1
 KIND = "samples"
 MS = 1e6
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_p50_ms", "tokens_per_s", "prefill_tokens_per_s")
+OPTIONAL: dict[str, float | None] = {
+    **dict.fromkeys(("total_ns", "encoded_again_ms"), float("nan")),
+    **dict.fromkeys(("cached", "notes"), None),
+}
+"""Columns that readers ask for, and what stands in them where no row has any."""
 
 
 @dataclass(repr=False)
@@ -37,6 +42,8 @@ class SampleRun:
     manifest: dict[str, Any]
     rows: pd.DataFrame
     path: Path
+    unreadable: list[str] = field(default_factory=list)
+    """What of a saved run could not be read, a sentence each."""
 
     def __repr__(self) -> str:
         return f"<SampleRun of {self.manifest.get('model')}: {len(self.good)} samples, {len(self.bad)} in error>"
@@ -52,7 +59,11 @@ class SampleRun:
         rows = load_rows(folder)
         if not len(rows) and not partial:
             raise InputError(f"{folder} holds no sample that was measured.")
-        return cls(manifest, rows, folder)
+        unreadable = _damage(folder)
+        if len(rows) and "total_ns" not in rows:
+            unreadable.append(f"the rows of {folder.name} lack total_ns: whether stages sum to it cannot be checked")
+        empty = {name: value for name, value in OPTIONAL.items() if name not in rows}
+        return cls(manifest, rows.assign(**empty), folder, unreadable)
 
     @property
     def good(self) -> pd.DataFrame:
@@ -141,15 +152,45 @@ def load_rows(folder: Path) -> pd.DataFrame:
 
 
 def _rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows, those of the ranks' own files, which are newer, last; half a line at the end, as a crash leaves
+    """Yield the rows, those of the ranks' own files, which are newer, last."""
+    for _, _, row in _lines(folder):
+        if row is not None:
+            yield row
+
+
+def _lines(folder: Path) -> Iterator[tuple[str, int, dict[str, Any] | None]]:
+    """Yield file, line number and row, None for a line that is damaged; half a line at the very end, as a crash leaves
     it, is left out."""
     for path in (folder / ROWS, *sorted(folder.glob("samples-*.jsonl"))):
         if not path.exists():
             continue
         with path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                with suppress(ValueError):
-                    yield json.loads(line)
+            for number, line in enumerate(file, start=1):
+                row = _row_in(line)
+                if row is not None or (line.strip() and line.endswith("\n")):
+                    yield path.name, number, row
+
+
+def _row_in(line: str) -> dict[str, Any] | None:
+    with suppress(ValueError):
+        row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("id"), str) and isinstance(row.get("error"), str):
+            return row
+    return None
+
+
+def _damage(folder: Path) -> list[str]:
+    """Return a sentence for each file that has damaged lines."""
+    lines: dict[str, list[int]] = {}
+    for name, number, row in _lines(folder):
+        if row is None:
+            lines.setdefault(name, []).append(number)
+    return [f"{name}: {_numbered(numbers)}: what they measured is missing" for name, numbers in lines.items()]
+
+
+def _numbered(numbers: Sequence[int], most: int = 10) -> str:
+    said = ", ".join(map(str, numbers[:most])) + ", …" * (len(numbers) > most)
+    return f"{len(numbers)} damaged line{'s' * (len(numbers) > 1)} ({said})"
 
 
 def drop_half_line(path: Path) -> None:

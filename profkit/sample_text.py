@@ -41,7 +41,7 @@ def report(run: SampleRun) -> Iterator[Table | str]:
     about, good_rows = run.manifest, run.good
     good = len(good_rows)
     yield headline(run)
-    if left := about.get("listed", 0) - len(run.rows):
+    if (left := about.get("listed", 0) - len(run.rows)) > 0:
         yield f"[yellow]{left} of the {about['listed']} samples have no row yet: --resume goes on with them[/yellow]"
     if good:
         yield _breakdown(run)
@@ -51,6 +51,7 @@ def report(run: SampleRun) -> Iterator[Table | str]:
         cached = run.good["cached"].map({True: "warm", False: "cold"}).fillna("unknown").value_counts()
         yield from _notes(good_rows)
         yield f"files before they were loaded: {', '.join(f'{count} {name}' for name, count in cached.items())}"
+    yield from (f"[yellow]{escape(one)}[/yellow]" for one in run.unreadable)
     yield from check_lines(verdicts(run))
     for row in run.bad.head(MOST_ERRORS).to_dict(orient="records"):
         said = row["error"] if row["error"].startswith(row["id"]) else f"{row['id']}: {row['error']}"

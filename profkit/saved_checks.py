@@ -20,6 +20,8 @@ def complete(run: Run) -> list[Verdict]:
 
     The trace of a saved run is read and validated again, which takes as long as `profkit analyze`.
     """
+    if not run.clean:
+        return [*kept_verdicts(run), *_of_tables(run)]
     again = {one.check: one for one in (*_of_tables(run), *_of_trace(run))}
     found = [again.pop(one.check, one) for one in verdicts(run)]
     found += again.values()

@@ -66,6 +66,9 @@ def write_scalars(saved: Saved, folder: Path) -> Path:
 
 
 def _of_run(run: Run, writer: SummaryWriter) -> None:
+    if not run.clean:
+        writer.add_text("what is missing", "\n\n".join(run.unreadable) or "there is no finished clean pass")
+        return
     steps = run.steps()
     cache_bytes = run.manifest.get("cache_bytes") or []
     for number, row in enumerate(steps.to_dict(orient="records")):

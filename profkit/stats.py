@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -132,6 +133,14 @@ def differ(base: np.ndarray, other: np.ndarray, paired: bool, tests: int = 1) ->
         return False
     found = wilcoxon(np.log(other / base)) if paired else mannwhitneyu(base, other)
     return bool(found.pvalue < (1 - CONFIDENCE) / tests)
+
+
+def can_differ(base: int, other: int, paired: bool, tests: int = 1) -> bool:
+    """Tell whether samples of such sizes could differ() at all: whether the smallest p there is is small enough."""
+    if min(base, other) < 3:
+        return False
+    smallest = 2 / (2 ** min(base, other) if paired else math.comb(base + other, base))
+    return smallest < (1 - CONFIDENCE) / tests
 
 
 def _interval(samples: tuple[np.ndarray, ...], statistic: Callable[..., Any]) -> tuple[float, float]:

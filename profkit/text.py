@@ -94,9 +94,10 @@ def headline(run: Run) -> str:
     """Return what was measured, in a line."""
     about, latency = run.manifest, run.latency()
     weights = ", random weights" if about.get("weights") == "random" else ""
+    name = run.anatomy.model_class
     return (
-        f"[bold]{escape(str(about.get('model') or about['model_class']))}[/bold]: {escape(about['model_class'])}, "
-        f"{_count(about['parameters'])} parameters{weights}, {about['dtype']} on {about['device']}; "
+        f"[bold]{escape(str(about.get('model') or name))}[/bold]: {escape(name)}, "
+        f"{_count(about.get('parameters') or 0)} parameters{weights}, {about.get('dtype')} on {about.get('device')}; "
         f"{latency.prompt_tokens} prompt tokens, {latency.new_tokens} new"
     )
 
@@ -301,9 +302,9 @@ def as_dict(run: Run, corrected: bool = False) -> dict[str, Any]:
     return plain(
         {
             "path": str(run.path) if run.path else None,
-            "model": run.manifest.get("model") or run.manifest["model_class"],
-            "device": run.manifest["device"],
-            "dtype": run.manifest["dtype"],
+            "model": run.manifest.get("model") or run.anatomy.model_class,
+            "device": run.manifest.get("device"),
+            "dtype": run.manifest.get("dtype"),
             "stages": by_stage.reset_index().to_dict(orient="records"),
             "device_stages": [] if run.device is None else run.device.to_dict(orient="records"),
             "total_ms": run.stages()["host_ms"].sum(),

@@ -14,7 +14,7 @@ from profkit.nesting import Forest, side_by_side
 from profkit.spans import Spans
 
 MS = 1e6
-COLUMNS = ["step", "row", "lane", "name", "stage", "start_ms", "duration_ms"]
+COLUMNS = ["step", "row", "lane", "name", "kind", "stage", "start_ms", "duration_ms"]
 
 
 def timeline(
@@ -27,8 +27,10 @@ def timeline(
     """Return the slices of the first prefill step and the last decode step among the segments of a mask.
 
     Columns: step (its label), row (stages, scopes, operators, launches, or a device and its stream), lane (within the
-    row, nested or side by side), name, stage, start_ms (from the step's beginning on the host), duration_ms. Operators
-    are the outermost ones. Times are those under the profiler. `events` and `spans` must be on one clock.
+    row, nested or side by side), name, kind (of a scope: see ledger.Scope; "" of others), stage (of a scope the one in
+    which most of its own time lies, "" if it has none; of others the one they belong to), start_ms (from the step's
+    beginning on the host), duration_ms. Operators are the outermost ones. Times are those under the profiler.
+    `events` and `spans` must be on one clock.
     """
     recorded = np.unique(spans.step[within & (spans.step >= 0)])
     prefill = recorded[spans.steps.prefill[recorded]]
@@ -46,9 +48,12 @@ def timeline(
     return pd.concat(parts, ignore_index=True)[COLUMNS] if parts else pd.DataFrame(columns=COLUMNS)
 
 
-def _frame(row: object, lane: object, name: object, stage: object, start_ns: object, length_ns: object) -> pd.DataFrame:
+def _frame(
+    row: object, lane: object, name: object, stage: object, start_ns: object, length_ns: object, kind: object = ""
+) -> pd.DataFrame:
     """Return slices; times still in ns."""
-    columns = {"row": row, "lane": lane, "name": name, "stage": stage, "start_ms": start_ns, "duration_ms": length_ns}
+    times = {"start_ms": start_ns, "duration_ms": length_ns}
+    columns = {"row": row, "lane": lane, "name": name, "kind": kind, "stage": stage, **times}
     size = len(np.atleast_1d(np.asarray(start_ns)))
     return pd.DataFrame(columns, index=range(size))
 
@@ -67,12 +72,23 @@ def _host(spans: Spans, step: int) -> list[pd.DataFrame]:
     )
     depth = np.unique(spans.depth[inside], return_inverse=True)[1]
     paths = _names([scope.path for scope in spans.scopes], spans.scope[inside])
-    own = _names([*stages.NAMES, ""], np.append(spans.stage, -1)[spans.begin[inside]])
+    kinds = _names([scope.kind for scope in spans.scopes], spans.scope[inside])
+    own = _names([*stages.NAMES, ""], _main_stage(spans)[inside])
     start = host[spans.begin[inside]]
     return [
         _frame("stages", 0, names, names, begin, end - begin),
-        _frame("scopes", depth, paths, own, start, spans.total_ns[inside]),
+        _frame("scopes", depth, paths, own, start, spans.total_ns[inside], kinds),
     ]
+
+
+def _main_stage(spans: Spans) -> np.ndarray:
+    """Return for each span the stage in which most of its own time lies, -1 where it has none."""
+    rows = np.flatnonzero((spans.owner >= 0) & (spans.stage >= 0))
+    count = len(stages.NAMES)
+    own_ns = np.zeros(len(spans) * count, dtype=np.int64)
+    np.add.at(own_ns, spans.owner[rows] * count + spans.stage[rows], spans.host_ns[rows])
+    by_stage = own_ns.reshape(len(spans), count)
+    return np.where(by_stage.any(axis=1), by_stage.argmax(axis=1), -1)
 
 
 def _recorded(events: Events, owners: Owners, forest: Forest, step: int) -> list[pd.DataFrame]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from profkit import annotate, tracks
@@ -18,10 +18,20 @@ SMALLER = 0.9
 
 @dataclass(frozen=True)
 class TraceFile:
-    """The text of a trace, and the steps that it holds."""
+    """The text of a trace, the steps that it holds, and its compressed size where even one step passes the budget."""
 
     text: bytes
     steps: tuple[int, ...]
+    over_bytes: int = 0
+
+    def notes(self, recorded: int, budget_bytes: int) -> Iterator[str]:
+        """Yield what the budget left out, and whether what is left passes it, too."""
+        budget, kept = f"{budget_bytes / 1e6:g} MB", len(self.steps)
+        if kept < recorded:
+            yield f"the trace holds {kept} of {recorded} recorded steps: more pass {budget}"
+        if self.over_bytes:
+            size = f"{self.over_bytes / 1e6:g} MB"
+            yield f"the trace takes {size}, more than the {budget} of --trace-budget: one step is kept in any case"
 
 
 def written(
@@ -44,8 +54,10 @@ def written(
         kept = tuple(steps[:count])
         text = _text(content, spans, events, found, kept, count < len(steps), metadata, by_step)
         # Text that would fit as it stands need not be compressed to know.
-        if count == 1 or len(text) <= budget_bytes or (size := len(annotate.compressed(text))) <= budget_bytes:
+        if len(text) <= budget_bytes or (size := len(annotate.compressed(text))) <= budget_bytes:
             return TraceFile(text, kept)
+        if count == 1:
+            return TraceFile(text, kept, size)
         count = min(count - 1, max(1, int(count * allowed / size)))
         allowed *= SMALLER
 

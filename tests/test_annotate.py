@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,21 @@ def test_a_trace_keeps_its_budget_and_says_what_is_left_out(tmp_path):
     last = max(events.start_ns[events.named([name == f"decode {kept - 1}" for name in events.names])], default=0)
     assert not [name for name in events.names if name == f"decode {kept}"] and last > 0
     assert cut.operators["calls"].sum() == pytest.approx(whole.operators["calls"].sum(), rel=0.01)
+
+
+def test_a_budget_that_one_step_passes_is_said_or_refused(tmp_path):
+    model, kwargs = small_llava()
+    run = profkit.trace(model, kwargs, warmup=0, repeat=1, trace_budget_bytes=1000)
+    size = len(annotate.compressed(run.trace_json))
+    said = " ".join(run.manifest["notes"])
+    assert "the trace holds 1 of 5 recorded steps: more pass 0.001 MB" in said
+    taken = re.search(r"the trace takes ([\d.]+) MB, more than the 0.001 MB of --trace-budget: one step is kept", said)
+    # What the checks add to the trace comes later.
+    assert 0.9 * size <= float(taken[1]) * 1e6 <= size
+    with pytest.raises(InputError, match="trace_budget_bytes is 0"):
+        profkit.trace(model, kwargs, trace_budget_bytes=0)
+    with pytest.raises(InputError, match="'0MB' is nothing: --no-profile"):
+        parse_size("0MB")
 
 
 def test_a_trace_tells_what_its_run_was_found_to_be():

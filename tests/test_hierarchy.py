@@ -13,7 +13,7 @@ from builders import generation, small_llava
 from transformers import LogitsProcessor
 
 import profkit
-from profkit import hierarchy, pace
+from profkit import figures, hierarchy, pace, stages
 from profkit.nesting import side_by_side
 
 
@@ -86,6 +86,28 @@ def test_a_slow_step_is_named_with_its_stage_and_how_often():
     assert worst.of_excess == pytest.approx(1, abs=0.2)
     assert "slow in every pass" in worst.sentence()
     assert pace.iterations(run.clean)["median_ms"].idxmax() == 2
+
+
+def test_a_scope_of_the_timeline_says_what_it_is_and_where_its_own_time_lies(run):
+    spans = run.of_kind("profiled")[0].spans
+    shown = run.timeline[run.timeline["row"] == "scopes"]
+    kinds = {scope.path: scope.kind for scope in spans.scopes}
+    assert shown["kind"].tolist() == [kinds[name] for name in shown["name"]]
+    assert (run.timeline[run.timeline["row"] != "scopes"]["kind"] == "").all()
+    of_prefill = shown[shown["step"] == "prefill 0"]
+    for row in of_prefill.to_dict(orient="records"):
+        own = [0] * len(stages.NAMES)
+        for segment in range(len(spans.owner)):
+            owner = int(spans.owner[segment])
+            if owner >= 0 and spans.scopes[spans.scope[owner]].path == row["name"] and spans.step[segment] == 0:
+                own[spans.stage[segment]] += int(spans.host_ns[segment])
+        if (of_prefill["name"] == row["name"]).sum() == 1:
+            assert row["stage"] == (stages.NAMES[own.index(max(own))] if any(own) else "")
+    # The whole model's forward runs through many stages, and begins in none that says what it is.
+    figure = figures.timeline(run.timeline, "prefill 0")
+    texts = {one.name: " ".join(one.text) for one in figure.data}
+    assert "LlavaForConditionalGeneration<br>" in texts["scope: forward"]
+    assert not any("LlavaForConditionalGeneration<br>" in text for name, text in texts.items() if "scope" not in name)
 
 
 def crossing(slices):

@@ -10,6 +10,7 @@ import pytest
 from builders import small_llava
 
 import profkit
+from profkit import comparison, sample_runs, sample_text
 from profkit import run as runs
 from profkit.errors import InputError
 
@@ -25,9 +26,6 @@ def saved(tmp_path):
 def test_what_is_not_a_run_is_refused(tmp_path, saved):
     with pytest.raises(InputError, match=r"is not a run directory: it has no readable run\.json"):
         profkit.load(tmp_path)
-    (saved / "marks.parquet").write_bytes(b"PAR1 cut short")
-    with pytest.raises(InputError, match="is damaged: Arrow"):
-        profkit.load(saved)
     manifest = saved / "run.json"
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**content, "schema": 99}))
@@ -36,6 +34,53 @@ def test_what_is_not_a_run_is_refused(tmp_path, saved):
     manifest.write_text("{")
     with pytest.raises(InputError, match=r"run\.json is damaged"):
         profkit.load(saved)
+
+
+def test_without_its_marks_a_run_tells_what_was_saved_beside_them(saved):
+    whole = profkit.load(saved)
+    (saved / "marks.parquet").write_bytes(b"PAR1 cut short")
+    hurt = profkit.load(saved)
+    assert hurt.unreadable[0].startswith("marks.parquet cannot be read") and not hurt.clean
+    pd.testing.assert_frame_equal(hurt.stages(), whole.stages())
+    pd.testing.assert_frame_equal(hurt.steps(), whole.steps())
+    pd.testing.assert_frame_equal(hurt.modules(), whole.modules())
+    assert str(hurt.latency()) == str(whole.latency())
+    with pytest.raises(InputError, match=r"no times to show: marks\.parquet cannot be read"):
+        _ = hurt.representative
+    with pytest.raises(InputError, match="no times to show"):
+        hurt.save(saved.parent / "again")
+    with pytest.raises(InputError, match="nothing to compare"):
+        comparison.measured(hurt)
+    (saved / "stages.parquet").unlink()
+    with pytest.raises(InputError, match="no times to show"):
+        profkit.load(saved).stages()
+
+
+def test_a_run_without_some_of_its_manifest_is_read_as_far_as_it_goes(saved):
+    content = json.loads((saved / "run.json").read_text())
+    before = profkit.load(saved).stages()
+    for key in ("device", "latency", "anatomy", "model_class"):
+        content.pop(key)
+    (saved / "run.json").write_text(json.dumps(content))
+    run = profkit.load(saved)
+    assert run.unreadable == ["run.json lacks anatomy"]
+    pd.testing.assert_frame_equal(run.stages(), before)
+    content.pop("scopes")
+    (saved / "run.json").write_text(json.dumps(content))
+    run = profkit.load(saved)
+    assert run.unreadable[0] == "run.json lacks anatomy, scopes" and "marks.parquet cannot be read" in run.unreadable[1]
+    pd.testing.assert_frame_equal(run.stages(), before)
+
+
+def test_a_table_without_some_of_its_columns_is_kept_and_says_so(saved):
+    modules = pd.read_parquet(saved / "modules.parquet")
+    (saved / "marks.parquet").unlink()
+    modules.drop(columns=["self_ms", "stage"]).to_parquet(saved / "modules.parquet")
+    run = profkit.load(saved)
+    assert run.unreadable[1] == "modules.parquet lacks self_ms, stage: what needs it is missing"
+    assert run.modules()["path"].tolist() == modules["path"].tolist() and run.modules()["self_ms"].isna().all()
+    modules.drop(columns="path").to_parquet(saved / "modules.parquet")
+    assert "modules.parquet lacks path, so its table is missing" in profkit.load(saved).unreadable
 
 
 def test_a_loaded_run_saves_whole(tmp_path):
@@ -105,3 +150,21 @@ def test_plain_values_are_json():
     frame = pd.DataFrame({"a": [1.5, float("nan")]})
     assert runs.plain(frame.to_dict(orient="list")) == {"a": [1.5, None]}
     assert runs.plain({1: (Path("x"), frozenset([2]), float("inf"))}) == {"1": ["x", [2], None]}
+
+
+ROW = {"error": "", "rank": 0, "stages_ns": {"decode": 2_000_000}}
+
+
+def test_damaged_lines_of_a_run_over_samples_are_counted_and_named(tmp_path):
+    sample_runs.write_manifest(tmp_path, {"model": "m"})
+    rows = [json.dumps({"id": f"s{number}", **ROW}) + "\n" for number in range(4)]
+    (tmp_path / "samples.jsonl").write_text(rows[0] + rows[1][:20] + "\n" + "7\n" + rows[2] + rows[3][:15])
+    run = profkit.load(tmp_path)
+    assert run.rows["id"].tolist() == ["s0", "s2"]
+    # Half a line at the very end is what a crash leaves, no damage; rows without a total cannot be checked for it.
+    assert run.unreadable == [
+        "samples.jsonl: 2 damaged lines (2, 3): what they measured is missing",
+        f"the rows of {tmp_path.name} lack total_ns: whether stages sum to it cannot be checked",
+    ]
+    said = "\n".join(str(part) for part in sample_text.report(run))
+    assert "2 damaged lines (2, 3)" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import shutil
 import signal
 import socket
@@ -135,22 +136,58 @@ def test_what_is_no_run_is_refused(tmp_path):
     assert done.exit_code == 2 and "is not a run directory" in done.stderr
 
 
-def test_ctrl_c_ends_it_in_peace(run):
+def started(run, **environment):
+    """Return `profkit view` in a process of its own once it serves, and the links it printed."""
     # A shell that starts a job in the background has it ignore Ctrl-C, and so may the one that runs these tests.
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     code += "from profkit.cli import main; main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "view", str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, "view", str(run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
     )
     lines = []
     while not lines or "Ctrl-C" not in lines[-1]:
         lines.append(process.stdout.readline())
         assert lines[-1], process.stderr.read()
-    link = next(line.split(": ", 1)[1].strip() for line in lines if line.startswith("report"))
     time.sleep(0.2)
+    return process, dict(line.strip().split(": ", 1) for line in lines if ": http" in line)
+
+
+def test_ctrl_c_ends_it_in_peace(run):
+    process, links = started(run)
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=30)
     assert process.returncode == 0 and "Traceback" not in errors + out
-    with pytest.raises(OSError):
-        http.client.HTTPConnection(link.split("/")[2], timeout=5).request("GET", "/")
+    assert not answers(links["report"])
     assert json.loads((run / "run.json").read_text())["schema"] == 1
+
+
+def test_a_scheduler_ends_it_with_all_that_it_started(run, tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    process, links = started(run, TMPDIR=str(scratch))
+    if "TensorBoard" in links:
+        wait_until_it_answers(links["TensorBoard"])
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in errors + out
+    assert not any(answers(link) for link in links.values() if "127.0.0.1" in link.split("/")[2])
+    assert [path for path in scratch.iterdir() if path.name.startswith("profkit-")] == []
+
+
+def wait_until_it_answers(link):
+    until = time.monotonic() + 60
+    while not answers(link):
+        assert time.monotonic() < until, f"{link} never answered"
+        time.sleep(0.2)
+
+
+def answers(link):
+    try:
+        http.client.HTTPConnection(link.split("/")[2], timeout=5).request("GET", "/")
+    except OSError:
+        return False
+    return True

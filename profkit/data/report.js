@@ -51,6 +51,16 @@ for (const table of document.querySelectorAll("table.sorts")) {
   }));
 }
 
+for (const button of document.querySelectorAll("button[data-for]")) {
+  const place = document.getElementById(button.dataset.for);
+  button.addEventListener("click", () => {
+    const all = [...button.parentElement.children];
+    all.forEach(one => one.setAttribute("aria-pressed", one === button));
+    Plotly.restyle(place, {visible: all.map(one => one === button)})
+      .then(() => button.closest(".figure").querySelector("input").dispatchEvent(new Event("input")));
+  });
+}
+
 for (const field of document.querySelectorAll("input[data-for]")) {
   const place = document.getElementById(field.dataset.for);
   field.addEventListener("input", () => {

@@ -21,6 +21,10 @@ STAGES = """() => [...[...document.querySelectorAll('section')]
 WIDTHS = """() => [...document.querySelectorAll('#run-stages .barlayer .trace')]
   .map(one => one.getBoundingClientRect().width)"""
 
+RIGHT_EDGES = "all => all.map(one => one.getBoundingClientRect().right)"
+INK_AND_BACK = """one => [getComputedStyle(one).color, getComputedStyle(one).backgroundColor]
+  .map(colour => colour.match(/\\d+/g).slice(0, 3).map(Number))"""
+
 
 @pytest.fixture
 def page(opened, tmp_path):
@@ -97,3 +101,50 @@ def test_what_is_injected_does_not_run(opened, tmp_path):
     found.page.fill("input[data-for=run-tree]", "script")
     assert found.page.evaluate("() => window.evil") is None
     assert EVIL in found.page.inner_text("h1") and found.errors == []
+
+
+def test_the_steps_begin_at_zero_and_both_axes_are_whole(page):
+    layout = "document.getElementById('run-steps')._fullLayout"
+    low, title, other = page.page.evaluate(
+        f"() => [{layout}.yaxis.range[0], {layout}.yaxis.title.text, {layout}.yaxis2.title.text]"
+    )
+    assert (low, title, other) == (0, "ms a token", "cache, MiB")
+    box = page.page.locator("#run-steps").bounding_box()
+    for one in ("#run-steps .y2title", "#run-steps .y2tick text >> nth=-1"):
+        part = page.page.locator(one).bounding_box()
+        assert part["x"] + part["width"] <= box["x"] + box["width"]
+    ticks = page.page.locator("#run-steps .y2tick text").evaluate_all(RIGHT_EDGES)
+    assert max(ticks) <= page.page.locator("#run-steps .y2title").bounding_box()["x"]
+
+
+@pytest.mark.parametrize("width", [1300, 800])
+def test_a_legend_stands_below_the_title_of_the_axis(opened, tmp_path, width):
+    found = opened(profkit.write_report(profkit.load(RUN), tmp_path / "report.html").as_uri())
+    found.page.wait_for_function(DRAWN, timeout=30_000)
+    found.page.set_viewport_size({"width": width, "height": 900})
+    found.page.wait_for_function(
+        "() => document.getElementById('run-stages')._fullLayout.width <= innerWidth", timeout=30_000
+    )
+    for name in ("run-stages", "run-steps", "run-timeline0"):
+        title, legend = (found.page.locator(f"#{name} {one}").bounding_box() for one in (".xtitle", ".legend .bg"))
+        box = found.page.locator(f"#{name}").bounding_box()
+        assert title["y"] + title["height"] <= legend["y"] + 1
+        assert legend["y"] + legend["height"] <= box["y"] + box["height"] + 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_button_shows_its_tree_and_can_be_read(opened, tmp_path, scheme):
+    path = profkit.write_report(profkit.load(RUN), tmp_path / "report.html")
+    found = opened(path.as_uri(), color_scheme=scheme)
+    found.page.wait_for_function(DRAWN, timeout=30_000)
+    buttons = found.page.locator("button[data-for=run-tree]")
+    found.page.fill("input[data-for=run-tree]", "aten::")
+    assert found.page.inner_text("input[data-for=run-tree] + output").startswith("0 found")
+    buttons.nth(1).click()
+    shown = found.page.evaluate("() => document.getElementById('run-tree').data.map(one => one.visible)")
+    assert shown == [number == 1 for number in range(len(shown))]
+    assert not found.page.inner_text("input[data-for=run-tree] + output").startswith("0 found")
+    for number in range(len(shown)):
+        ink, back = buttons.nth(number).evaluate(INK_AND_BACK)
+        assert abs(sum(ink) - sum(back)) > 200
+    assert found.errors == []

@@ -1,0 +1,106 @@
+"""The tables of a saved run as they are read back: what is damaged or lacking is named, the rest is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from profkit.tables import Latency
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The columns of a table: those without which it tells nothing, and others, of texts and of numbers."""
+
+    needed: tuple[str, ...]
+    texts: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+
+
+SHAPES = {
+    "operators": Shape(
+        ("name",),
+        ("kind", "stage", "path"),
+        ("calls", "total_ms", "self_ms", "kernels", "device_ms", "steps"),
+    ),
+    "kernels": Shape(
+        ("name",),
+        ("kind", "stage", "path", "operator"),
+        ("count", "total_ms", "mean_us", "share", "steps"),
+    ),
+    "device": Shape(
+        ("device", "stage"),
+        ("verdict", "evidence"),
+        ("steps", "busy_ms", "sum_ms", "idle_ms", "launches_per_step"),
+    ),
+    "timeline": Shape(("step", "row", "lane", "name", "start_ms", "duration_ms"), ("stage", "kind")),
+    "memory": Shape(("stage", "peak"), (), ("allocated_before", "allocated_after", "reserved_after")),
+    "trees": Shape(("clock", "id", "parent", "label", "level", "calls", "total_ms", "self_ms")),
+    "stages": Shape(("stage", "host_ms"), (), ("calls", "host_ns", "device_ms", "busy_ms", "share")),
+    "steps": Shape(("phase", "host_ms"), (), ("call", "step", "tokens", "device_ms", "iteration_ms")),
+    "modules": Shape(("path",), ("stage",), ("calls", "total_ms", "self_ms", "device_ms")),
+}
+LATER = {"timeline": {"kind"}}
+"""Columns that runs of this schema may be without, as they were made before there were any."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a run says of its clean passes where their marks cannot be read; None where that cannot be read either."""
+
+    stages: pd.DataFrame | None = None
+    spread: pd.DataFrame | None = None
+    steps: pd.DataFrame | None = None
+    modules: pd.DataFrame | None = None
+    latency: Latency | None = None
+
+
+def read(path: Path, unreadable: list[str]) -> pd.DataFrame | None:
+    """Return a table with all its columns, empty where the file lacks them; None without a table.
+
+    What is wrong with the file is added to `unreadable`, a sentence each.
+    """
+    if not path.exists():
+        return None
+    try:
+        found = pd.read_parquet(path)
+    except Exception as error:
+        unreadable.append(f"{path.name} is damaged, so its table is missing: {type(error).__name__}")
+        return None
+    shape = SHAPES[path.stem]
+    lacking = [name for name in (*shape.needed, *shape.texts, *shape.numbers) if name not in found]
+    lacking += [name for name in shape.numbers if name in found and not pd.api.types.is_numeric_dtype(found[name])]
+    told = sorted(set(lacking) - LATER.get(path.stem, set()))
+    said = f"{path.name} lacks {', '.join(told)}"
+    if set(lacking) & set(shape.needed):
+        unreadable.append(f"{said}, so its table is missing")
+        return None
+    if told:
+        unreadable.append(f"{said}: what needs it is missing")
+    return found.assign(**{name: "" if name in shape.texts else float("nan") for name in lacking})
+
+
+def kept(folder: Path, latency: Mapping[str, Any] | None, unreadable: list[str]) -> Kept:
+    """Return what was saved of the clean passes beside their marks; `latency` is what the manifest tells of it."""
+    tables = {name: read(folder / f"{name}.parquet", unreadable) for name in ("stages", "steps", "modules")}
+    return Kept(spread=_spread(folder / "breakdown.csv"), latency=_latency(latency), **tables)
+
+
+def _spread(path: Path) -> pd.DataFrame | None:
+    try:
+        return pd.read_csv(path, index_col="stage")[["median_ms", "p10_ms", "p90_ms"]]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _latency(told: Mapping[str, Any] | None) -> Latency | None:
+    figures: dict[str, Any]
+    try:
+        figures = {name: float("nan") if value is None else value for name, value in (told or {}).items()}
+        return Latency(**figures)
+    except TypeError:
+        return None
