@@ -43,7 +43,7 @@ def measure(name: str, inputs: Sequence[str], out: Path | None, options: Options
         scalars.require()
     loaded = _load(name, options, progress)
     sample = _sample(loaded, inputs, options)
-    chosen = {key: options[key] for key in ("profile", "warmup", "repeat", "granularity", "seed")}
+    chosen = {key: options[key] for key in ("profile", "warmup", "repeat", "granularity", "seed", "work")}
     result = _traced(
         name, loaded, sample, options, progress, profile_steps=steps, trace_budget_bytes=budget_bytes, **chosen
     )
@@ -63,7 +63,9 @@ def verify(
     loaded = _load(name, options, progress)
     sample = _sample(loaded, inputs, options)
     given = passes.prepared(sample) if sample else loaded.generate_kwargs or {}
-    result = _traced(name, loaded, sample, options, progress, **{key: options[key] for key in ("repeat", "seed")})
+    result = _traced(
+        name, loaded, sample, options, progress, work=False, **{key: options[key] for key in ("repeat", "seed")}
+    )
     kwargs = {**given, **_generate_options(loaded, options)}
     found = verification.verify(loaded.model, kwargs, result, options["repeat"], progress)
     result.save(target, options["force"])

@@ -14,7 +14,18 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from profkit import annotate, attribution, capture, environment, inspection, kineto, structure, trace_file, validation
+from profkit import (
+    annotate,
+    attribution,
+    capture,
+    environment,
+    inspection,
+    kineto,
+    structure,
+    trace_file,
+    validation,
+    workload,
+)
 from profkit import run as runs
 from profkit.anatomy import Anatomy, PartNames
 from profkit.cache import CacheWatch
@@ -29,6 +40,7 @@ from profkit.plan import GRANULARITIES, Granularity, Place, places
 from profkit.probes import Call, Instrument, sequences
 from profkit.run import Pass, Run
 from profkit.spans import Spans
+from profkit.work import Work
 
 SAMPLE = Scope("sample", "sample")
 INPUT_STAGES = ("load", "preprocess", "transfer")
@@ -62,6 +74,7 @@ class Plan:
     profile: bool = True
     profile_steps: frozenset[int] = DEFAULT_STEPS
     trace_budget_bytes: int = 50_000_000
+    work: bool = True
     seed: int | None = None
     progress: Callable[[str], None] = field(default=lambda what: None, repr=False)
 
@@ -150,6 +163,8 @@ class Tracing:
         if self.plan.profile:
             self.profiled(result)
         checks["same_tokens"] = self.same_tokens()
+        if self.plan.work:
+            result.work = self.counted(len(result.representative.steps))
         result.manifest["calls"] = [capture.call_dict(self.calls[0])]
         result.manifest["tokens"] = _token_list(self.tokens["clean"][0])
         result.manifest["checks"] = {**result.manifest.get("checks", {}), **checks}
@@ -240,6 +255,20 @@ class Tracing:
             "trace": validation.validate_text(result.trace_json),
             "profile": [asdict(one) for one in found.checks],
         }
+
+    def counted(self, steps: int) -> Work | None:
+        """Count what generate() does in so many steps, after everything that is timed."""
+        self.plan.progress("counting the work")
+        self._reset_random_state()
+        granularity = self.plan.granularity
+        try:
+            found = workload.count(self.model, self._prepared(), self.anatomy, granularity=granularity, steps=steps)
+        except Exception as error:
+            self.notes.append(f"the work was not counted: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            return None
+        if found.about["steps"] != steps:
+            self.notes.append(f"the work is that of {found.about['steps']} steps, the clean pass made {steps}")
+        return found
 
     def _instrumented(
         self,

@@ -23,6 +23,7 @@ from profkit.anatomy import Anatomy
 from profkit.errors import InputError, ProfkitError
 from profkit.ledger import Marks, Scope
 from profkit.spans import Spans
+from profkit.work import Work
 
 SCHEMA = 1
 OF_PROFILE = ("operators", "kernels", "device", "timeline")
@@ -61,6 +62,8 @@ class Run:
     kernels: pd.DataFrame | None = None
     device: pd.DataFrame | None = None
     timeline: pd.DataFrame | None = None
+    work: Work | None = None
+    """What generate() had to do, where it was counted (see work.Work)."""
     trace_json: bytes | None = None
     path: Path | None = None
     unreadable: list[str] = field(default_factory=list)
@@ -302,6 +305,9 @@ def _write(run: Run, folder: Path) -> None:
         when_ms = int(run.manifest.get("started_unix_ms", 0))
         text = run.trace_json or gzip.decompress((folder / "trace.json.gz").read_bytes())
         annotate.write(board / f"profkit.{when_ms}.pt.trace.json.gz", tensorboard.plugin_copy(text))
+    if run.work is not None:
+        manifest["work"] = run.work.to_record()
+        _parquet(run.work.table, folder / "work.parquet")
     described = json.dumps(plain(manifest), indent=1, ensure_ascii=False)
     (folder / "run.json").write_text(described + "\n", encoding="utf-8")
 
@@ -331,6 +337,9 @@ def _read(folder: Path, manifest: dict[str, Any]) -> Run:
     run = Run(manifest, anatomy, scopes, passes, path=folder)
     for name in OF_PROFILE:
         setattr(run, name, _kept_table(folder / f"{name}.parquet", run.unreadable))
+    record = manifest.pop("work", None)
+    if record is not None and (table := _kept_table(folder / "work.parquet", run.unreadable)) is not None:
+        run.work = Work.from_record(record, table)
     return run
 
 

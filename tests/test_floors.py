@@ -16,15 +16,16 @@ FLOORS = {
     2: {
         *("ledger", "events", "anatomy", "trail", "wrapping", "clock", "environment", "processors"),
         *("event_streams", "videos", "eventgpt", "page", "options", "encodings", "steadiness", "stopwatches"),
+        *("formulas", "fakes"),
     },
     3: {
         "cache",
         *("spans", "pieces", "nesting", "plan", "structure", "stacks", "language", "models", "samples", "validation"),
         *("sample_lists", "command", "ranks"),
     },
-    4: {"attribution", "audit", "chrome", "phases", "probes", "roles", "annotate"},
-    5: {"foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"},
-    6: {"corrections", "device_tables", "trust", "dummies", "hierarchy", "pace", "timeline", "tensorboard"},
+    4: {"attribution", "audit", "chrome", "phases", "probes", "roles", "annotate", "work"},
+    5: {"lines", "counting", "foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"},
+    6: {"corrections", "device_tables", "trust", "dummies", "hierarchy", "pace", "timeline", "tensorboard", "workload"},
     7: {"marking", "run", "inspection", "capabilities", "explanation"},
     8: {"analysis", "capture", "checks", "sample_runs", "trace_file"},
     9: {
@@ -62,6 +63,7 @@ WITH_TORCH = {
         "passes",
         "stopwatches",
     ),
+    *("formulas", "fakes", "counting", "workload"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))

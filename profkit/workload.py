@@ -1,0 +1,211 @@
+"""The work of an unmodified generate(), counted in a pass of its own; without weights where that can be done."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from profkit import cache, fakes, formulas
+from profkit.anatomy import Anatomy
+from profkit.counting import Counter
+from profkit.environment import preserved_random_state
+from profkit.errors import MeasurementError
+from profkit.ledger import Ledger, Scopes
+from profkit.lines import Line, line_of
+from profkit.plan import Granularity
+from profkit.probes import Instrument
+from profkit.spans import Spans
+from profkit.work import QUANTITIES, Work, work_table
+from profkit.wrapping import Wrappers
+
+FEW = 6
+"""Steps that are counted where the others follow: the prefill and five of decoding."""
+MOST = 64
+"""Steps after which a line that held throughout is followed, even where its end cannot be counted."""
+
+
+class Counting:
+    """One count: of which model, with which arguments, of how many steps."""
+
+    def __init__(
+        self, model: nn.Module, kwargs: Mapping[str, Any], anatomy: Anatomy, granularity: Granularity, steps: int | None
+    ) -> None:
+        self.model, self.kwargs, self.anatomy = model, dict(kwargs), anatomy
+        self.granularity, self.steps = granularity, steps
+        self.about: dict[str, Any] = {"convention": formulas.CONVENTION, "steps": steps}
+        self.operators = pd.DataFrame()
+
+    def work(self) -> Work:
+        """Count on fake weights; where data decide what is done, on the model itself."""
+        begin = time.perf_counter()
+        try:
+            fake = fakes.without_weights(self.model)
+            table = self._followed(fake)
+            self.about |= {"weights": "fake", "why": ""}
+        except Exception as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            if any(one.is_meta or fakes.is_fake(one) for one in self.model.parameters()):
+                name = type(self.model).__name__
+                raise MeasurementError(
+                    f"The work of {name} cannot be counted without its weights, as what it does depends on data: load "
+                    f"them ({why})."
+                ) from error
+            table = self._table(self.model, self.kwargs)
+            self.about |= {"weights": "real", "why": why, "line": "", "steps_counted": _steps(table)}
+        self.about |= {"steps": _steps(table), "seconds": time.perf_counter() - begin}
+        return Work(table, self.operators, part_table(self.model, self.anatomy), self.about)
+
+    def _followed(self, fake: nn.Module) -> pd.DataFrame:
+        """Count a few steps, and let the others follow if they lie on a line up to the last."""
+        wanted = self.steps
+        if wanted is None or wanted <= FEW:
+            return self._exactly(fake, wanted)
+        table = self._exactly(fake, FEW)
+        line = line_of(table)
+        if line is not None and self._ends_on(line, fake, wanted):
+            self.about["line"] = "the last step was counted too, with a prompt as long as the context is then"
+            return line.upto(wanted)
+        table = self._exactly(fake, min(wanted, MOST))
+        line = line_of(table) if wanted > MOST else None
+        if line is None and wanted > MOST:
+            table = self._exactly(fake, wanted)
+        elif line is not None:
+            self.about["line"] = f"it held in the {MOST} steps that were counted"
+            table = line.upto(wanted)
+        return table
+
+    def _exactly(self, fake: nn.Module, steps: int | None) -> pd.DataFrame:
+        """Count so many steps. Raises MeasurementError if generate() makes others."""
+        table = self._table(fake, _for_fakes(fake, self.kwargs, steps))
+        made = _steps(table)
+        if steps is not None and made != steps:
+            raise MeasurementError(f"generate() made {made} steps without data, and {steps} with them")
+        self.about |= {"line": "", "steps_counted": made}
+        return table
+
+    def _ends_on(self, line: Line, fake: nn.Module, steps: int) -> bool:
+        """Tell whether the last step is on the line: the third of a prompt that is longer by the steps between."""
+        operators = self.operators
+        try:
+            kwargs = _lengthened(self.kwargs, steps - 3)
+            table = None if kwargs is None else self._table(fake, _for_fakes(fake, kwargs, 3))
+        except Exception:
+            table = None
+        self.operators = operators
+        return table is not None and line.meets(table, at=2, step=steps - 1)
+
+    def _table(self, model: nn.Module, kwargs: Mapping[str, Any]) -> pd.DataFrame:
+        counter, scopes = Counter(model), Scopes()
+        ledger = Ledger(scopes, now=counter.tick)
+        follow = counter.following(scopes.list)
+        instrument = Instrument(model, self.anatomy, ledger, self.granularity, None, follow, counter.begin_step)
+        with _watching_cache(model, self.anatomy, counter), instrument, counter:
+            model.generate(**kwargs)  # type: ignore[operator]
+        self.operators = operator_table(counter)
+        sums = np.array(counter.ticks, dtype=np.int64).reshape(-1, len(QUANTITIES))
+        return work_table(Spans(ledger.marks(), scopes.list), sums)
+
+
+def count(
+    model: nn.Module,
+    generate_kwargs: Mapping[str, Any],
+    anatomy: Anatomy,
+    *,
+    granularity: Granularity = "layer",
+    steps: int | None = None,
+) -> Work:
+    """Return the work of model.generate(**generate_kwargs), counted in a pass of its own.
+
+    It is counted on a copy whose weights have no data, so that ids, masks and media take the way they take and a large
+    model needs no memory; where that cannot be done, because data decide what is done, on the model itself: `about` of
+    the result says which, and why. `steps` is how many steps the measured generate() made; of many, the later ones
+    follow from the first if they lie on a line. The model and the random state are left as they were.
+
+    Raises MeasurementError for a model without weights whose work depends on them, and what generate() raises.
+    """
+    with preserved_random_state():
+        return Counting(model, generate_kwargs, anatomy, granularity, steps).work()
+
+
+def _steps(table: pd.DataFrame) -> int:
+    return int(table["step"].max()) + 1 if len(table) else 0
+
+
+def _for_fakes(model: nn.Module, kwargs: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
+    """Return generate()'s arguments for a model without data: so many steps, and scores that are made real."""
+    given = dict(kwargs)
+    known = hasattr(model, "_get_logits_processor")
+    if steps is not None and (known or "max_new_tokens" in given):
+        given["max_new_tokens"] = steps
+        given["min_new_tokens"] = steps
+    if known:
+        token = fakes.plain_token(getattr(model, "config", None), getattr(model, "generation_config", None))
+        given["logits_processor"] = [*(given.get("logits_processor") or []), fakes.RealScores(token)]
+    return given
+
+
+def _lengthened(kwargs: Mapping[str, Any], tokens: int) -> dict[str, Any] | None:
+    """Return arguments whose prompt has so many more tokens, all like its last; None if it is not given as ids."""
+    ids = kwargs.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        return None
+
+    def longer(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.shape != ids.shape:
+            return value
+        return torch.cat([value, value[:, -1:].expand(-1, tokens)], 1)
+
+    return {name: longer(value) for name, value in kwargs.items()}
+
+
+@contextmanager
+def _watching_cache(model: nn.Module, anatomy: Anatomy, counter: Counter) -> Iterator[None]:
+    """Tell the counter, after each pass of the decoder, what the cache holds."""
+    path, wrappers = anatomy.path("decoder"), Wrappers()
+    if path is not None:
+        decoder = model.get_submodule(path)
+        bound = decoder.forward
+
+        @functools.wraps(bound)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            output = bound(*args, **kwargs)
+            with suppress(Exception):
+                held = getattr(output, "past_key_values", None)
+                counter.note_cache(cache.tensors_of(held if held is not None else kwargs.get("past_key_values")))
+            return output
+
+        wrappers.put(decoder, "forward", watched)
+        wrappers.active = True
+    try:
+        yield
+    finally:
+        wrappers.remove()
+
+
+def operator_table(counter: Counter) -> pd.DataFrame:
+    """Return a row an operator that ran: name, calls, flops, operator_bytes, formula."""
+    rows = [
+        (name, one.calls, one.flops, one.operator_bytes, one.formula is not None)
+        for name, one in counter.operators.items()
+        if one.calls
+    ]
+    return pd.DataFrame(rows, columns=["name", "calls", "flops", "operator_bytes", "formula"])
+
+
+def part_table(model: nn.Module, anatomy: Anatomy) -> pd.DataFrame:
+    """Return a row a part: role, path, parameters, bytes, dtype (several, if it has several)."""
+    rows = []
+    for part in anatomy.parts:
+        own = list(model.get_submodule(part.path).parameters())
+        dtypes = sorted({str(one.dtype).removeprefix("torch.") for one in own})
+        count = sum(one.numel() for one in own)
+        rows.append((part.role, part.path, count, sum(one.nbytes for one in own), ", ".join(dtypes)))
+    return pd.DataFrame(rows, columns=["role", "path", "parameters", "bytes", "dtype"])
