@@ -54,6 +54,7 @@ class Operator:
     is_view: bool
     reads_rows: bool
     joins: bool
+    groups: bool
     written: tuple[int, ...]
 
 
@@ -177,6 +178,7 @@ class Counter(TorchDispatchMode):
             packet in IGNORED or bool(getattr(func, "is_view", False)),
             func in ROWS,
             packet is aten.cat,
+            name == "aten::_grouped_mm",
             tuple(number for number, one in arguments if one.alias_info is not None and one.alias_info.is_write),
         )
         return found
@@ -195,6 +197,9 @@ class Counter(TorchDispatchMode):
             for tensor in _tensors_in(value):
                 rows, written = known.reads_rows and place == 0, place in known.written
                 size = made_bytes if rows else tensor.nbytes
+                if known.groups and place == 1 and tensor.dim() == 3:
+                    # Of the experts, at most as many as there are rows: which ones, data decide.
+                    size = size // tensor.shape[0] * min(tensor.shape[0], args[0].shape[0])
                 moved += size
                 for memory in self._memory_of(tensor):
                     if memory.kind == CACHE_READ:

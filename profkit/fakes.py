@@ -6,7 +6,9 @@ Ids, masks and pixels stay real, so that generate() takes the way that it takes;
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from profkit.errors import MeasurementError
 
 aten = torch.ops.aten
 MASKED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+GROUPED = aten._grouped_mm.default if hasattr(aten, "_grouped_mm") else None
 CHOOSING = {aten.argmax.default, aten.multinomial.default}
 
 
@@ -59,6 +62,18 @@ def _fake(mode: FakeTensorMode, tensor: torch.Tensor, device: torch.device | Non
     return fake
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep to itself what torch logs of an operator that cannot run without data: it is told otherwise."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def is_fake(value: Any) -> bool:
     """Tell whether a value is a tensor without data."""
     return isinstance(value, FakeTensor)
@@ -74,6 +89,9 @@ def substitute(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> t
         return args[0], _places(args[1]), *args[2:]
     if func is aten.masked_select.default and is_fake(args[0]) and not is_fake(args[1]):
         return aten.index.Tensor(args[0].expand(args[1].shape), list(_places([args[1]])))
+    if func is GROUPED and is_fake(args[0]) and args[0].dim() == 2 and args[1].dim() == 3:
+        # The formula for shapes wants bfloat16, whatever the device takes.
+        return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
     if func in CHOOSING and is_fake(args[0]):
         made = func(*args, **kwargs)
         return torch.zeros(made.shape, dtype=made.dtype)

@@ -48,7 +48,8 @@ class Counting:
         begin = time.perf_counter()
         try:
             fake = fakes.without_weights(self.model)
-            table = self._followed(fake)
+            with fakes.quietly():
+                table = self._followed(fake)
             self.about |= {"weights": "fake", "why": ""}
         except Exception as error:
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
