@@ -36,7 +36,8 @@ class Ceiling:
     def of(cls, values: Sequence[float]) -> Ceiling:
         """Return what a list of rounds says."""
         given = np.asarray(values, dtype=float)
-        return cls(*(stats.percentile(given, q) for q in (50, 10, 90)), len(given))
+        median, p10, p90 = (stats.percentile(given, q) for q in (50, 10, 90))
+        return cls(median, p10, p90, len(given))
 
     @property
     def spread(self) -> float:

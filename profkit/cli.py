@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from profkit import __version__, checks, cli_reading, cli_view, jobs, text
+from profkit import __version__, checks, cli_reading, cli_roofline, cli_view, jobs, text
 from profkit.command import Command, model_options, quiet_libraries
 from profkit.errors import InputError, InterruptedRunError, MeasurementError
 from profkit.options import new_directory, rank_here
@@ -29,7 +29,7 @@ def cli() -> None:
     """Where does a multimodal model's generate() spend its time?"""
 
 
-for command in (cli_reading.analyze, cli_reading.compare, cli_reading.report, cli_view.view):
+for command in (cli_reading.analyze, cli_reading.compare, cli_reading.report, cli_roofline.roofline, cli_view.view):
     cli.add_command(command)
 
 

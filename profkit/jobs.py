@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from profkit.sample_runs import SampleRun
     from profkit.samples import Sample
     from profkit.verdicts import Verdict
+    from profkit.work import Work
 
 Options = dict[str, Any]
 """The options of a command as click gives them; see command.model_options."""
@@ -148,6 +149,29 @@ def inspect(
         progress("trying what the model can do")
         abilities = [asdict(one) for one in capabilities.measure(loaded.model, found, kwargs)]
     return found, inspection.part_table(loaded.model, found), abilities
+
+
+def count(name: str, inputs: Sequence[str], options: Options, progress: Report) -> tuple[Work, str]:
+    """Count a model's work without running it, a preset's without its weights; return it, and the model's dtype."""
+    import torch
+
+    from profkit import fakes, models, passes, structure, workload
+
+    progress(f"making {name} without weights")
+    dtype, remote = models.DTYPES.get(options["dtype"]), options["trust_remote_code"]
+    made = name in models.preset_names() and options["weights"] != "real"
+    device, weights = (torch.device("meta"), "random") if made else (torch.device("cpu"), options["weights"])
+    loaded = models.load_model(name, device, dtype, weights, remote)
+    if made:
+        loaded.model = fakes.without_weights(loaded.model)
+    sample = _sample(loaded, inputs, options)
+    given = passes.prepared(sample) if sample else loaded.generate_kwargs or {}
+    kwargs = {**given, **_generate_options(loaded, options)}
+    progress("counting the work")
+    anatomy = structure.find(loaded.model, parse_parts(options["part"]))
+    steps = options["max_new_tokens"] if loaded.generate_kwargs is None else None
+    found = workload.count(loaded.model, kwargs, anatomy, steps=steps)
+    return found, str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
 
 
 def _load(name: str, options: Options, progress: Report) -> Loaded:

@@ -24,7 +24,7 @@ from profkit import (
     structure,
     trace_file,
     validation,
-    workload,
+    work_pass,
 )
 from profkit import run as runs
 from profkit.anatomy import Anatomy, PartNames
@@ -40,7 +40,6 @@ from profkit.plan import GRANULARITIES, Granularity, Place, places
 from profkit.probes import Call, Instrument, sequences
 from profkit.run import Pass, Run
 from profkit.spans import Spans
-from profkit.work import Work
 
 SAMPLE = Scope("sample", "sample")
 INPUT_STAGES = ("load", "preprocess", "transfer")
@@ -163,12 +162,14 @@ class Tracing:
         if self.plan.profile:
             self.profiled(result)
         checks["same_tokens"] = self.same_tokens()
-        if self.plan.work:
-            result.work = self.counted(len(result.representative.steps))
         result.manifest["calls"] = [capture.call_dict(self.calls[0])]
         result.manifest["tokens"] = _token_list(self.tokens["clean"][0])
         result.manifest["checks"] = {**result.manifest.get("checks", {}), **checks}
         result.manifest |= {"faults": self.faults, "notes": self.notes, "machine": self.machine}
+        if self.plan.work:
+            self.plan.progress("counting the work")
+            self._reset_random_state()
+            work_pass.add_work(result, self.model, self._prepared, vars(self.plan))
         result.manifest["checks"]["verdicts"] = found = [asdict(one) for one in verdicts(result)]
         if result.trace_json is not None:
             result.trace_json = annotate.with_checks(result.trace_json, runs.plain(found))
@@ -255,20 +256,6 @@ class Tracing:
             "trace": validation.validate_text(result.trace_json),
             "profile": [asdict(one) for one in found.checks],
         }
-
-    def counted(self, steps: int) -> Work | None:
-        """Count what generate() does in so many steps, after everything that is timed."""
-        self.plan.progress("counting the work")
-        self._reset_random_state()
-        granularity = self.plan.granularity
-        try:
-            found = workload.count(self.model, self._prepared(), self.anatomy, granularity=granularity, steps=steps)
-        except Exception as error:
-            self.notes.append(f"the work was not counted: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-            return None
-        if found.about["steps"] != steps:
-            self.notes.append(f"the work is that of {found.about['steps']} steps, the clean pass made {steps}")
-        return found
 
     def _instrumented(
         self,

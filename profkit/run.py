@@ -19,7 +19,10 @@ import numpy as np
 import pandas as pd
 
 from profkit import annotate, corrections, device_tables, stages, stats, tables, tensorboard
+from profkit import roofline as rooflines
 from profkit.anatomy import Anatomy
+from profkit.ceilings import Ceilings
+from profkit.ceilings import read as read_ceilings
 from profkit.errors import InputError, ProfkitError
 from profkit.ledger import Marks, Scope
 from profkit.spans import Spans
@@ -64,6 +67,8 @@ class Run:
     timeline: pd.DataFrame | None = None
     work: Work | None = None
     """What generate() had to do, where it was counted (see work.Work)."""
+    ceilings: Ceilings | None = None
+    """What the machine can do, where it was measured (see ceilings.Ceilings)."""
     trace_json: bytes | None = None
     path: Path | None = None
     unreadable: list[str] = field(default_factory=list)
@@ -139,6 +144,34 @@ class Run:
         first = (self.manifest.get("calls") or [{}])[0]
         pooled_ms = np.concatenate([tables.token_gaps_ms(spans) for spans in self.clean])
         return tables.latency(self.representative, first.get("batch") or 1, first.get("new_tokens"), pooled_ms)
+
+    def check_work(self) -> Work:
+        """Return the work of this run. Raises InputError if it was not counted."""
+        if self.work is None:
+            raise InputError("The work of this run was not counted: trace it again, without --no-work.")
+        return self.work
+
+    def roofline(self, ceilings: Ceilings | None = None) -> rooflines.Roofline:
+        """Return how far each stage and step is from the limit, with these ceilings or those that the run holds.
+
+        Raises InputError for a run whose work was not counted, or without ceilings.
+        """
+        limits = ceilings or self.ceilings
+        if limits is None:
+            raise InputError(
+                "The ceilings of this run's device are not known: measure them there, by profkit roofline."
+            )
+        call = (self.manifest.get("calls") or [{}])[0]
+        return rooflines.answers(
+            self.check_work(),
+            limits,
+            str(self.manifest.get("dtype")),
+            spans=self.representative,
+            latency=self.latency(),
+            operators=self.operators,
+            batch=call.get("batch") or 1,
+            media_tokens=self.manifest.get("media_tokens"),
+        )
 
     def overhead(self) -> float:
         """Return clean over control time of generate(), the median of pairs; NaN without controls."""
@@ -308,6 +341,9 @@ def _write(run: Run, folder: Path) -> None:
     if run.work is not None:
         manifest["work"] = run.work.to_record()
         _parquet(run.work.table, folder / "work.parquet")
+    if run.ceilings is not None:
+        described = json.dumps(run.ceilings.to_record(), indent=1)
+        (folder / "ceilings.json").write_text(described + "\n", encoding="utf-8")
     described = json.dumps(plain(manifest), indent=1, ensure_ascii=False)
     (folder / "run.json").write_text(described + "\n", encoding="utf-8")
 
@@ -340,6 +376,8 @@ def _read(folder: Path, manifest: dict[str, Any]) -> Run:
     record = manifest.pop("work", None)
     if record is not None and (table := _kept_table(folder / "work.parquet", run.unreadable)) is not None:
         run.work = Work.from_record(record, table)
+    run.ceilings, damage = read_ceilings(folder / "ceilings.json")
+    run.unreadable += [damage] if damage else []
     return run
 
 

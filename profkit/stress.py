@@ -35,11 +35,12 @@ class Bench:
     def seconds(self, work: Callable[[], object], least: int = 1) -> list[float]:
         """Return what one execution took in each round, after rounds that find how many make one."""
         times = least
-        while (took := self._round(work, times)) < ROUND_S and times < 1 << 20:
+        while (took := self.once(work, times)) < ROUND_S and times < 1 << 20:
             times = max(times * 2, min(int(times * ROUND_S / max(took, 1e-9) * 1.2), times * 16))
-        return [self._round(work, times) / times for _ in range(self.rounds)]
+        return [self.once(work, times) / times for _ in range(self.rounds)]
 
-    def _round(self, work: Callable[[], object], times: int) -> float:
+    def once(self, work: Callable[[], object], times: int = 1) -> float:
+        """Return what so many executions in a row took, in seconds."""
         synchronize(self.device)
         begin = self._now()
         for _ in range(times):
@@ -77,7 +78,7 @@ def driver(device: torch.device) -> str:
         return ""
     runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
     with suppress(Exception):
-        return f"{runtime}, driver {torch._C._cuda_getDriverVersion()}"
+        return f"{runtime}, driver {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
     return runtime
 
 
@@ -90,17 +91,17 @@ def _product(bench: Bench, dtype: torch.dtype) -> Ceiling:
     """Return the FLOP/s of a square product, 2·n³ each, of the size up to LARGEST that a round has time for."""
     size, largest = 256, LARGEST.get(bench.device.type, 8192)
     while True:
-        left, right = (torch.randn(size, size, device=bench.device).to(dtype) for _ in range(2))
-        out = torch.empty_like(left)
-
-        def product() -> object:
-            return torch.mm(left, right, out=out)  # noqa: B023: used before the next size
-
+        product = _square_product(bench.device, dtype, size)
         product()
-        if size >= largest or bench._round(product, 1) > ROUND_S / 2:
-            break
+        if size >= largest or bench.once(product) > ROUND_S / 2:
+            return Ceiling.of([2 * size**3 / took for took in bench.seconds(product)])
         size *= 2
-    return Ceiling.of([2 * size**3 / took for took in bench.seconds(product)])
+
+
+def _square_product(device: torch.device, dtype: torch.dtype, size: int) -> Callable[[], object]:
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    return lambda: torch.mm(left, right, out=out)
 
 
 def _memory(bench: Bench) -> tuple[Ceiling, Ceiling]:

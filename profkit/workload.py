@@ -94,13 +94,13 @@ class Counting:
 
     def _ends_on(self, line: Line, fake: nn.Module, steps: int) -> bool:
         """Tell whether the last step is on the line: the third of a prompt that is longer by the steps between."""
-        operators = self.operators
+        operators, prompt_tokens = self.operators, self.about["prompt_tokens"]
         try:
             kwargs = _lengthened(self.kwargs, steps - 3)
             table = None if kwargs is None else self._table(fake, _for_fakes(fake, kwargs, 3))
         except Exception:
             table = None
-        self.operators = operators
+        self.operators, self.about["prompt_tokens"] = operators, prompt_tokens
         return table is not None and line.meets(table, at=2, step=steps - 1)
 
     def _table(self, model: nn.Module, kwargs: Mapping[str, Any]) -> pd.DataFrame:
@@ -112,7 +112,9 @@ class Counting:
             model.generate(**kwargs)  # type: ignore[operator]
         self.operators = operator_table(counter)
         sums = np.array(counter.ticks, dtype=np.int64).reshape(-1, len(QUANTITIES))
-        return work_table(Spans(ledger.marks(), scopes.list), sums)
+        spans = Spans(ledger.marks(), scopes.list)
+        self.about["prompt_tokens"] = int(np.maximum(spans.steps.tokens[spans.steps.prefill], 0).sum())
+        return work_table(spans, sums)
 
 
 def count(

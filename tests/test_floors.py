@@ -12,24 +12,36 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "profkit"
 
 FLOORS = {
-    1: {"stages", "errors", "stats", "verdicts"},
+    1: {"stages", "errors", "stats", "verdicts", "datasheets"},
     2: {
         *("ledger", "events", "anatomy", "trail", "wrapping", "clock", "environment", "processors"),
         *("event_streams", "videos", "eventgpt", "page", "options", "encodings", "steadiness", "stopwatches"),
-        *("formulas", "fakes"),
+        *("formulas", "fakes", "ceilings"),
     },
     3: {
-        "cache",
+        *("cache", "stress", "prompts"),
         *("spans", "pieces", "nesting", "plan", "structure", "stacks", "language", "models", "samples", "validation"),
         *("sample_lists", "command", "ranks"),
     },
     4: {"attribution", "audit", "chrome", "phases", "probes", "roles", "annotate", "work"},
     5: {"lines", "counting", "foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"},
-    6: {"corrections", "device_tables", "trust", "dummies", "hierarchy", "pace", "timeline", "tensorboard", "workload"},
+    6: {
+        "corrections",
+        "device_tables",
+        "trust",
+        "dummies",
+        "hierarchy",
+        "pace",
+        "timeline",
+        "tensorboard",
+        "workload",
+        "roofline",
+    },
     7: {"marking", "run", "inspection", "capabilities", "explanation"},
-    8: {"analysis", "capture", "checks", "sample_runs", "trace_file"},
+    8: {"work_pass", "analysis", "capture", "checks", "sample_runs", "trace_file"},
     9: {
         "text",
+        "roofline_text",
         "trace_text",
         "sample_text",
         "passes",
@@ -43,8 +55,8 @@ FLOORS = {
     },
     10: {"comparison_text", "sampling", "verification", "figures", "tracing"},
     11: {"report", "jobs"},
-    12: {"cli_reading", "viewing"},
-    13: {"cli_view"},
+    12: {"cli_reading", "viewing", "limits"},
+    13: {"cli_view", "cli_roofline"},
     14: {"cli"},
 }
 WITH_TORCH = {
@@ -63,7 +75,7 @@ WITH_TORCH = {
         "passes",
         "stopwatches",
     ),
-    *("formulas", "fakes", "counting", "workload"),
+    *("formulas", "fakes", "counting", "workload", "stress", "prompts", "work_pass"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))

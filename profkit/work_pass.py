@@ -1,0 +1,32 @@
+"""The part of a trace that comes after everything timed: work counted, media tokens told apart, ceilings looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from profkit import ceilings, prompts, workload
+from profkit.run import Run
+
+
+def add_work(result: Run, model: nn.Module, prepared: Callable[[], Mapping[str, Any]], plan: Mapping[str, Any]) -> None:
+    """Count what a run's generate() does, and add it to the run; what goes wrong is noted there, and the run stays.
+
+    `prepared` gives generate()'s arguments, anew each time; `plan` is that of the run.
+    """
+    steps, notes = len(result.representative.steps), result.manifest["notes"]
+    try:
+        result.work = workload.count(model, prepared(), result.anatomy, granularity=plan["granularity"], steps=steps)
+    except Exception as error:
+        notes.append(f"the work was not counted: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return
+    if result.work.about["steps"] != steps:
+        notes.append(f"the work is that of {result.work.about['steps']} steps, the clean pass made {steps}")
+    try:
+        result.manifest["media_tokens"] = prompts.media_tokens(model, prepared(), result.anatomy)
+    except Exception as error:
+        notes.append(f"how many tokens are media is not known: {type(error).__name__}")
+    about = result.manifest
+    result.ceilings = ceilings.kept_for(about["device_name"], about["versions"]["torch"], about["threads"])
