@@ -238,11 +238,29 @@ def without_formula(work: Work, operators: pd.DataFrame | None) -> pd.DataFrame:
     silent = work.operators[~work.operators["formula"].astype(bool)]
     found = silent[["name", "calls", "operator_bytes"]].assign(share=np.nan)
     if operators is not None and len(operators):
-        clock = "device_ms" if operators["device_ms"].sum() > 0 else "self_ms"
-        of_kind = operators[operators["kind"] == "operator"]
+        clock, of_kind = _timed(operators)
         by_name = of_kind.groupby("name")[clock].sum()
         found["share"] = (found["name"].map(by_name) / max(float(by_name.sum()), 1 / MS)).fillna(0.0)
     return found.sort_values(["share", "operator_bytes"], ascending=False, ignore_index=True)
+
+
+def silent_share(work: Work, operators: pd.DataFrame | None, names: pd.Index) -> np.ndarray:
+    """Return for each stage the share of its operators' time (0 to 1) that no FLOP formula covers; NaN if unknown.
+
+    It explains a low MFU that is not the model's: time in which nothing was counted.
+    """
+    if operators is None or not len(operators):
+        return np.full(len(names), np.nan)
+    clock, of_kind = _timed(operators)
+    silent = set(work.operators.loc[~work.operators["formula"].astype(bool), "name"])
+    all_ms = of_kind.groupby("stage")[clock].sum()
+    silent_ms = of_kind[of_kind["name"].isin(silent)].groupby("stage")[clock].sum()
+    return (silent_ms.reindex(all_ms.index, fill_value=0.0) / all_ms.where(all_ms > 0)).reindex(names).to_numpy()
+
+
+def _timed(operators: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+    """Return the column of time, the device's where there is one, and the rows of operators alone."""
+    return ("device_ms" if operators["device_ms"].sum() > 0 else "self_ms"), operators[operators["kind"] == "operator"]
 
 
 @dataclass(frozen=True)
@@ -282,8 +300,9 @@ def answers(
     iterations = None if spans is None else time_tables.step_table(spans)["iteration_ms"].to_numpy()
     measured = {} if latency is None else {"ttft_ms": latency.ttft_ms, "tpot_ms": latency.tpot_ms}
     prompt = latency.prompt_tokens if latency is not None else int(work.about.get("prompt_tokens") or 0)
+    by_stage = stage_table(work, limits, None if times is None else times.iloc[:, 0])
     return Roofline(
-        stage_table(work, limits, None if times is None else times.iloc[:, 0]),
+        by_stage.assign(no_formula=silent_share(work, operators, by_stage.index)),
         step_table(work, limits, iterations),
         latencies(work, limits, **measured),
         what_if(work, limits, batch),

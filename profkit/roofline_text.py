@@ -61,10 +61,7 @@ def report(found: Roofline) -> Iterator[Table | str]:
     """Yield the answers: stages, steps, latency, what would change, media tokens, what has no formula."""
     yield _stages(found)
     clock = {"": "no times: nothing was run", "host": "host clock", "device": "device clock"}[found.clock]
-    yield (
-        f"[dim]{clock}; floor: the higher of FLOPs over {escape(found.limits.dtype)} FLOP/s and bytes over B/s, as "
-        "measured here; of it: floor over time; launch: as many operators, one by one, from the host.[/dim]"
-    )
+    yield f"[dim]{clock}; {escape(meanings(found))}[/dim]"
     yield from _steps(found)
     yield _latency_line(found)
     if len(found.what_if):
@@ -80,7 +77,8 @@ def _stages(found: Roofline) -> Table:
     table.add_column("stage", no_wrap=True)
     timed = bool(found.clock)
     names = (*["ms"] * timed, "FLOPs", "bytes", "FLOP/B", *["MFU", "MBU"] * timed, "floor ms", *["of it"] * timed)
-    for name in (*names, "binds", "launch ms"):
+    silent = bool(found.stages["no_formula"].notna().any())
+    for name in (*names, "binds", "launch ms", *["no formula"] * silent):
         table.add_column(name, justify="right", no_wrap=True)
     for stage, row in found.stages.iterrows():
         cells = [
@@ -91,7 +89,7 @@ def _stages(found: Roofline) -> Table:
             *[_share(row["attained"])] * timed,
         ]
         binds = row["binds"] if row["flops"] or row["bytes"] else "–"
-        table.add_row(str(stage), *cells, binds, _ms(row["launch_ms"]))
+        table.add_row(str(stage), *cells, binds, _ms(row["launch_ms"]), *[_share(row["no_formula"])] * silent)
     return table
 
 
@@ -155,6 +153,15 @@ def _operators(found: Roofline) -> Iterator[str]:
     share = f", {rows['share'].sum():.1%} of the operators' time" if known else ""
     rest = f", and {len(rows) - len(named)} more" if len(rows) > len(named) else ""
     yield f"no FLOP formula: {len(rows)} operators{share}: {escape(said + rest)}"
+
+
+def meanings(found: Roofline) -> str:
+    """Return what the columns of the stages mean, in a sentence."""
+    return (
+        f"floor: the higher of FLOPs over {found.limits.dtype} FLOP/s and bytes over B/s, as measured here; of it: floor "
+        "over time; launch: as many operators, one by one, from the host; no formula: share of the operators' time that "
+        "counts as no FLOP."
+    )
 
 
 def how_counted(found: Roofline) -> str:

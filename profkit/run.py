@@ -156,14 +156,14 @@ class Run:
 
         Raises InputError for a run whose work was not counted, or without ceilings.
         """
-        limits = ceilings or self.ceilings
+        work, limits = self.check_work(), ceilings or self.ceilings
         if limits is None:
             raise InputError(
                 "The ceilings of this run's device are not known: measure them there, by profkit roofline."
             )
         call = (self.manifest.get("calls") or [{}])[0]
         return rooflines.answers(
-            self.check_work(),
+            work,
             limits,
             str(self.manifest.get("dtype")),
             spans=self.representative,
