@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from profkit import run as runs
-from profkit import stages, stats, tables
+from profkit import stages, stats, tables, work_comparison
 from profkit.errors import InputError
 from profkit.sample_runs import SampleRun, Saved
 
@@ -38,6 +38,8 @@ class Measured:
     times: pd.DataFrame
     work: pd.DataFrame
     ids: list[str] | None
+    counted: dict[str, float] = field(default_factory=dict)
+    """FLOPs, bytes and how far from the limit, where a run has them: see work_comparison.figures_of()."""
 
     @property
     def failed(self) -> list[str]:
@@ -68,7 +70,7 @@ def of_run(run: runs.Run) -> Measured:
     # Repeats that were made in turn with another run's are pairs with them.
     ids = [f"{together} {number}" for number in range(len(times))] if together else None
     name = str(run.manifest.get("model") or run.anatomy.model_class)
-    return Measured(name, run.manifest, _present(times), rows, ids)
+    return Measured(name, run.manifest, _present(times), rows, ids, work_comparison.figures_of(run))
 
 
 def of_samples(run: SampleRun) -> Measured:
@@ -140,7 +142,7 @@ def _rows_of(measured: Measured, ids: list[str]) -> Measured:
     place = {one: number for number, one in enumerate(measured.ids or [])}
     rows = [place[one] for one in ids]
     times, work = (table.iloc[rows].reset_index(drop=True) for table in (measured.times, measured.work))
-    return Measured(measured.name, measured.about, times, work, ids)
+    return replace(measured, times=times, work=work, ids=ids)
 
 
 def _row(one: pd.Series, two: pd.Series, paired: bool, rows: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from profkit import comparison, figures, findings, hierarchy, pace, page, stages
+from profkit import comparison, figures, findings, hierarchy, pace, page, roofline_page, stages
 from profkit.checks import kept_verdicts
 from profkit.errors import InputError
 from profkit.page import Column
@@ -95,6 +95,7 @@ def _of_run(run: Run, key: str) -> Iterator[str]:
     yield page.section("Worth optimising", [page.items(findings.worth_optimising(run))])
     yield page.section("Stages", _stages(run))
     yield page.section("Steps", _steps(run, key))
+    yield page.section("How far from the limit", roofline_page.section(run, key))
     yield page.section("Layers and modules", _layers(run, key))
     yield page.section("One prefill and one decode step", _timeline(run, key))
     yield page.section("Kernels", _kernels(run))
@@ -336,6 +337,7 @@ def _side_by_side(saved: Sequence[Saved]) -> Iterator[str]:
             page.paragraph(comparison.gap(base, other).sentence(base.name, other.name), "answer"),
             page.table(rows, columns),
             page.paragraph("Medians of host time with 95 % bootstrap intervals.", "note"),
+            *roofline_page.side_by_side(base, other),
             page.items([f"not alike: {said}" for said in comparison.unlike(base, other)], "warning"),
             page.items(
                 [f"{one.name} failed checks: {', '.join(one.failed)}" for one in (base, other) if one.failed], "failure"

@@ -158,9 +158,9 @@ def _operators(found: Roofline) -> Iterator[str]:
 def meanings(found: Roofline) -> str:
     """Return what the columns of the stages mean, in a sentence."""
     return (
-        f"floor: the higher of FLOPs over {found.limits.dtype} FLOP/s and bytes over B/s, as measured here; of it: floor "
-        "over time; launch: as many operators, one by one, from the host; no formula: share of the operators' time that "
-        "counts as no FLOP."
+        f"floor: the higher of FLOPs over {found.limits.dtype} FLOP/s and bytes over B/s, as measured here; of it: "
+        "floor over time; launch: as many operators, one by one, from the host; no formula: share of the operators' "
+        "time that counts as no FLOP."
     )
 
 

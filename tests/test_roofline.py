@@ -234,3 +234,45 @@ def test_the_command_of_a_model_counts_without_running(elsewhere, monkeypatch):
     done = command("tiny-llava", "--max-new-tokens", "3")
     assert done.exit_code == 0, done.output
     assert "nothing was run" in done.stdout and "counted on a copy without weights" in done.stdout
+
+
+# -- in the report, and side by side ------------------------------------------------------------------------
+
+
+def test_the_report_has_a_point_for_each_stage(run):
+    from test_report import Page
+
+    from profkit import report
+
+    saved = profkit.load(run.path)
+    saved.ceilings = None
+    assert "No ceilings of the device are known" in Page(report.html_of([saved])).text
+    saved.ceilings = ceilings()
+    page = Page(report.html_of([saved]))
+    assert "against a floor of" in page.text and "4 media tokens" in page.text
+    traces = page.figure("run-roofline")["data"]
+    points = {one["name"]: (one["x"][0], one["y"][0]) for one in traces if one["mode"] == "markers+text"}
+    table = saved.roofline().stages
+    assert set(points) == {"vision", "projector", "prefill", "decode", "head"}
+    for stage, (x, y) in points.items():
+        assert x == pytest.approx(table.loc[stage, "intensity"])
+        assert y == pytest.approx(table.loc[stage, "flops"] / table.loc[stage, "time_ms"] * 1e3)
+    saved.work = None
+    assert "Work was not counted" in Page(report.html_of([saved])).text
+
+
+def test_runs_are_compared_by_their_work(run):
+    from profkit import comparison, comparison_text, report
+
+    one, two, without = profkit.load(run.path), profkit.load(run.path), profkit.load(run.path)
+    one.ceilings = two.ceilings = ceilings()
+    two.ceilings = ceilings(copy_bytes_per_s=exactly(2e11))
+    without.work = None
+    base, other, bare = (comparison.measured(each) for each in (one, two, without))
+    rows = {row["what"]: row for row in comparison_text.as_dict(base, [other])["comparisons"][0]["work"]}
+    assert rows["FLOPs: prefill"]["base"] == 261_120 and rows["FLOPs: prefill"]["ratio"] == 1
+    assert rows["MBU: decode"]["ratio"] == pytest.approx(0.5)
+    assert rows["TPOT over its floor"]["ratio"] == pytest.approx(2, rel=0.05)
+    assert comparison_text.as_dict(base, [bare])["comparisons"][0]["work"] == []
+    assert "work, and how far" in report.html_of([one, two])
+    assert "work, and how far" not in report.html_of([one, without])
