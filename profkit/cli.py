@@ -43,6 +43,7 @@ for command in (cli_reading.analyze, cli_reading.compare, cli_reading.report, cl
 @click.option("--profile/--no-profile", default=True, help="A pass inside torch.profiler.")
 @click.option("--profile-steps", default="0-4", help="Steps that this pass records; 0 is the prefill.")
 @click.option("--trace-budget", default="50MB", help="What the compressed trace may take; later steps are left out.")
+@click.option("--energy", is_flag=True, help="Also measure joules by stage, afterwards, where a counter can be read.")
 @click.option("--work/--no-work", default=True, help="Count FLOPs and bytes, after everything that is timed.")
 @click.option("--seed", type=int, default=0, help="Random state of every pass.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: traces/<model>-<time>]")

@@ -31,7 +31,7 @@ def roofline(arguments: tuple[str, ...], model: str | None, as_json: bool, again
 
     quiet_libraries()
     name, inputs = (model, arguments) if model else ((*arguments, None)[0], arguments[1:])
-    answers = None
+    answers, energy = None, None
     with Console(stderr=True).status("starting") as status:
         if name is None:
             found, notes = limits.of_device(options["device"], again, status.update)
@@ -40,6 +40,7 @@ def roofline(arguments: tuple[str, ...], model: str | None, as_json: bool, again
 
             saved = runs.load(name)
             saved.check_work()
+            energy = saved.manifest.get("energy")
             found, notes = limits.of_run(saved, again, status.update)
             answers = saved.roofline(found)
         else:
@@ -47,12 +48,14 @@ def roofline(arguments: tuple[str, ...], model: str | None, as_json: bool, again
             found = answers.limits.ceilings
     if as_json:
         said = roofline_text.ceilings_as_dict(found) if answers is None else roofline_text.as_dict(answers)
-        click.echo(json.dumps({**said, "notes": notes}, indent=1, allow_nan=False))
+        click.echo(json.dumps({**said, "energy": energy, "notes": notes}, indent=1, allow_nan=False))
         return
     console = Console(highlight=False)
     for part in roofline_text.ceilings_report(found):
         console.print(part)
     for part in roofline_text.report(answers) if answers is not None else ():
         console.print(part)
+    if line := roofline_text.energy_line(energy):
+        console.print(line)
     for note in notes:
         console.print(f"[yellow]note: {escape(note)}[/yellow]", soft_wrap=True)

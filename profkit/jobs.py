@@ -44,7 +44,7 @@ def measure(name: str, inputs: Sequence[str], out: Path | None, options: Options
         scalars.require()
     loaded = _load(name, options, progress)
     sample = _sample(loaded, inputs, options)
-    chosen = {key: options[key] for key in ("profile", "warmup", "repeat", "granularity", "seed", "work")}
+    chosen = {key: options[key] for key in ("profile", "warmup", "repeat", "granularity", "seed", "work", "energy")}
     result = _traced(
         name, loaded, sample, options, progress, profile_steps=steps, trace_budget_bytes=budget_bytes, **chosen
     )

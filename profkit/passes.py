@@ -74,6 +74,7 @@ class Plan:
     profile_steps: frozenset[int] = DEFAULT_STEPS
     trace_budget_bytes: int = 50_000_000
     work: bool = True
+    energy: bool = False
     seed: int | None = None
     progress: Callable[[str], None] = field(default=lambda what: None, repr=False)
 
@@ -170,6 +171,9 @@ class Tracing:
             self.plan.progress("counting the work")
             self._reset_random_state()
             work_pass.add_work(result, self.model, self._prepared, vars(self.plan))
+        if self.plan.energy:
+            self.plan.progress("measuring energy")
+            work_pass.add_energy(result, self.model, self._prepared)
         result.manifest["checks"]["verdicts"] = found = [asdict(one) for one in verdicts(result)]
         if result.trace_json is not None:
             result.trace_json = annotate.with_checks(result.trace_json, runs.plain(found))

@@ -32,6 +32,7 @@ def section(run: Run, key: str) -> Iterator[str]:
     yield page.table(found.stages.reset_index(), [*WORK, *ANSWERS])
     yield page.paragraph(roofline_text.meanings(found), "note")
     yield page.paragraph(roofline_text.media_line(found.media))
+    yield page.paragraph(line) if (line := roofline_text.energy_line(run.manifest.get("energy"))) else ""
     yield page.fold("Every step", [page.table(found.steps, STEPS)])
     if len(found.what_if):
         yield page.fold(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -162,6 +162,14 @@ def meanings(found: Roofline) -> str:
         "floor over time; launch: as many operators, one by one, from the host; no formula: share of the operators' "
         "time that counts as no FLOP."
     )
+
+
+def energy_line(energy: Mapping[str, Any] | None) -> str:
+    """Return what a run says of energy, in a sentence; "" if it does not."""
+    if not energy or not energy["joules"]:
+        return ""
+    said = ", ".join(f"{stage} {amount(joules, 'J')}" for stage, joules in energy["joules"].items())
+    return f"energy ({energy['meter']}, stages repeated in windows of their own): {said}; {energy['watts']:.1f} W"
 
 
 def how_counted(found: Roofline) -> str:

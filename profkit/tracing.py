@@ -38,8 +38,9 @@ def trace(
     are added to what it gives to generate(). `plan` may give warmup (1), repeat (5 clean passes, each beside
     an uninstrumented control), granularity ("layer"), profile (True: one pass inside torch.profiler),
     profile_steps (the steps it records: 0 to 4), trace_budget_bytes (50 MB: what the compressed trace may take; later
-    steps are left out of it), work (True: FLOPs and bytes are counted afterwards, see work.Work), seed (of every pass;
-    None: the current random state), and progress (called with a
+    steps are left out of it), work (True: FLOPs and bytes are counted afterwards, see work.Work), energy (False: joules
+    by stage, afterwards, where a counter can be read, see energy_pass.measure), seed (of every pass; None: the current
+    random state), and progress (called with a
     sentence as each part begins). The random state is left as it was. `parts` names parts
     that are known better than inspect() finds them, `anatomy` all of them.
 

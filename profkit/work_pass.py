@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from profkit import ceilings, prompts, workload
+from profkit import ceilings, energy_pass, prompts, workload
 from profkit.run import Run
 
 
@@ -30,3 +30,15 @@ def add_work(result: Run, model: nn.Module, prepared: Callable[[], Mapping[str, 
         notes.append(f"how many tokens are media is not known: {type(error).__name__}")
     about = result.manifest
     result.ceilings = ceilings.kept_for(about["device_name"], about["versions"]["torch"], about["threads"])
+
+
+def add_energy(result: Run, model: nn.Module, prepared: Callable[[], Mapping[str, Any]]) -> None:
+    """Measure joules by stage and add them to the run's manifest as `energy`; what is not measured is noted."""
+    notes, tokens = result.manifest["notes"], result.latency().new_tokens
+    try:
+        found = energy_pass.measure(model, prepared, result.anatomy, tokens)
+    except Exception as error:
+        notes.append(f"energy was not measured: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return
+    notes += found.pop("notes")
+    result.manifest["energy"] = found

@@ -16,10 +16,10 @@ FLOORS = {
     2: {
         *("ledger", "events", "anatomy", "trail", "wrapping", "clock", "environment", "processors"),
         *("event_streams", "videos", "eventgpt", "page", "options", "encodings", "steadiness", "stopwatches"),
-        *("formulas", "fakes", "ceilings"),
+        *("formulas", "fakes", "ceilings", "energy"),
     },
     3: {
-        *("cache", "stress", "prompts"),
+        *("cache", "stress", "prompts", "energy_pass"),
         *("spans", "pieces", "nesting", "plan", "structure", "stacks", "language", "models", "samples", "validation"),
         *("sample_lists", "command", "ranks"),
     },
@@ -76,7 +76,7 @@ WITH_TORCH = {
         "passes",
         "stopwatches",
     ),
-    *("formulas", "fakes", "counting", "workload", "stress", "prompts", "work_pass"),
+    *("formulas", "fakes", "counting", "workload", "stress", "prompts", "work_pass", "energy_pass"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))
