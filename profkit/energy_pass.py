@@ -60,9 +60,10 @@ def measure(
 def _split(found: Mapping[str, Window | None], meter: Meter, new_tokens: int) -> dict[str, Any]:
     """Return the stages' joules from windows; a difference within what the windows' ends may be off is left out."""
     towers = [name for name in found if name in ("vision", "audio")]
-    wanted = {name: (name, ()) for name in towers}
+    wanted: dict[str, tuple[str, tuple[str, ...]]] = {name: (name, ()) for name in towers}
     wanted |= {"prefill": ("first token", tuple(towers)), "decode": ("whole", ("first token",))}
-    joules, notes = {}, []
+    joules: dict[str, float] = {}
+    notes = []
     for stage, (whole, less) in wanted.items():
         windows = [one for name in (whole, *less) if (one := found[name]) is not None]
         if len(windows) < 1 + len(less):

@@ -129,7 +129,7 @@ def test_a_trace_measures_energy_where_it_is_asked_and_can(monkeypatch, tmp_path
     run = profkit.trace(model, kwargs, energy=True, out=tmp_path / "without", **plan)
     assert run.manifest["energy"]["joules"] == {}
     assert sum("Energy is not measured" in note for note in run.manifest["notes"]) == 1
-    machine = Machine(update_s=1e-6)
+    machine = Machine(update_s=0.01)
     machine.joules = lambda: 7.0 * time.perf_counter()
     monkeypatch.setattr(energy, "meter_of", lambda *_: (machine, ""))
     run = profkit.trace(model, kwargs, energy=True, out=tmp_path / "with", **plan)
