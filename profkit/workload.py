@@ -26,6 +26,7 @@ from profkit.spans import Spans
 from profkit.work import QUANTITIES, Work, work_table
 from profkit.wrapping import Wrappers
 
+PROMPTS = ("inputs_embeds", "input_ids", "inputs")
 FEW = 6
 """Steps that are counted where the others follow: the prefill and five of decoding."""
 MOST = 64
@@ -156,17 +157,19 @@ def _for_fakes(model: nn.Module, kwargs: Mapping[str, Any], steps: int | None) -
 
 
 def _lengthened(kwargs: Mapping[str, Any], tokens: int) -> dict[str, Any] | None:
-    """Return arguments whose prompt has so many more tokens, all like its last; None if it is not given as ids."""
-    ids = kwargs.get("input_ids")
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+    """Return arguments whose prompt has so many more tokens, all like its last; None if they hold no prompt."""
+    name, prompt = next(
+        ((one, value) for one in PROMPTS if isinstance(value := kwargs.get(one), torch.Tensor) and value.dim() > 1),
+        ("", None),
+    )
+    if prompt is None:
         return None
 
-    def longer(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value.shape != ids.shape:
-            return value
-        return torch.cat([value, value[:, -1:].expand(-1, tokens)], 1)
+    def longer(key: str, value: Any) -> Any:
+        alike = isinstance(value, torch.Tensor) and value.shape == prompt.shape[:2]
+        return torch.cat([value, value[:, -1:].repeat_interleave(tokens, 1)], 1) if alike or key == name else value
 
-    return {name: longer(value) for name, value in kwargs.items()}
+    return {key: longer(key, value) for key, value in kwargs.items()}
 
 
 @contextmanager

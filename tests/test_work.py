@@ -208,6 +208,20 @@ def test_later_steps_follow_from_a_few():
     pd.testing.assert_frame_equal(one, other)
 
 
+def test_the_last_step_is_counted_whatever_the_prompt_is():
+    model, kwargs = builders.event_model()
+    anatomy = inspection.anatomy_for(model, kwargs)
+    kwargs |= {"max_new_tokens": 12, "min_new_tokens": 12}
+    assert workload.count(model, kwargs, anatomy, steps=12).about["steps_counted"] == 6
+
+    def embedded():
+        model, kwargs = llama()
+        ids = kwargs.pop("input_ids")
+        return model, {**kwargs, "inputs_embeds": model.get_input_embeddings()(ids).detach()}
+
+    assert counted(embedded, steps=20).about["steps_counted"] == 6
+
+
 def test_a_window_that_closes_later_is_counted_step_by_step():
     def windowed():
         return llama(sliding_window=14)
