@@ -108,7 +108,7 @@ def answered(table: pd.DataFrame, flops_per_s: Any, bytes_per_s: float) -> pd.Da
 
     intensity: FLOPs a byte. mfu: FLOPs over time and peak FLOP/s (PaLM, arXiv 2204.02311). mbu: weight and cache bytes
     over time and peak bytes/s (Databricks). attained: floor over time, that is FLOP/s over those attainable at this
-    intensity; ratio is its inverse. binds: the limit that makes the floor.
+    intensity; ratio is its inverse. binds: the limit that makes the floor, "" without one.
     """
     seconds = table["time_ms"] / 1e3
     needed = table["weight_bytes"] + table["cache_read_bytes"] + table["cache_written_bytes"]
@@ -119,7 +119,7 @@ def answered(table: pd.DataFrame, flops_per_s: Any, bytes_per_s: float) -> pd.Da
             mbu=needed / seconds / bytes_per_s,
             attained=table["floor_ms"] / table["time_ms"],
             ratio=table["time_ms"] / table["floor_ms"].where(table["floor_ms"] > 0),
-            binds=np.where(table["compute_ms"] > table["memory_ms"], COMPUTE, MEMORY),
+            binds=np.select([table["floor_ms"] <= 0, table["compute_ms"] > table["memory_ms"]], ["", COMPUTE], MEMORY),
         )
 
 

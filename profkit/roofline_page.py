@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,16 +25,16 @@ def section(run: Run, key: str) -> Iterator[str]:
         yield page.paragraph(
             "No ceilings of the device are known: profkit roofline RUN measures and keeps them.", "note"
         )
-        yield page.table(run.work.stages().reset_index(), WORK)
+        yield page.table(_readable(run.work.stages()), WORK)
         return
     found = run.roofline()
     yield page.paragraph(summary(found), "answer")
     yield page.figure(plot(found), f"{key}-roofline")
-    yield page.table(found.stages.reset_index(), [*WORK, *ANSWERS])
+    yield page.table(_readable(found.stages), [*WORK, *ANSWERS])
     yield page.paragraph(roofline_text.meanings(found), "note")
     yield page.paragraph(roofline_text.media_line(found.media))
     yield page.paragraph(line) if (line := roofline_text.energy_line(run.manifest.get("energy"))) else ""
-    yield page.fold("Every step", [page.table(found.steps, STEPS)])
+    yield page.fold("Every step", [page.table(_readable(found.steps), STEPS)])
     if len(found.what_if):
         yield page.fold(
             "Other batches, fewer bits: by arithmetic, nothing was run", [page.table(found.what_if, CHANGES)]
@@ -44,8 +45,8 @@ def section(run: Run, key: str) -> Iterator[str]:
 
 
 WORK = [
-    *(Column("stage", "stage"), Column("flops", "FLOPs", 0), Column("bytes", "bytes, floor", 0)),
-    *(Column("operator_bytes", "bytes of operators", 0), Column("operators", "operators", 0)),
+    *(Column("stage", "stage"), Column("gflop", "GFLOP", 3), Column("megabytes", "MB, floor", 2)),
+    *(Column("operator_megabytes", "MB, operators", 1), Column("operators", "operators", 0)),
 ]
 ANSWERS = [
     *(Column("time_ms", "ms"), Column("intensity", "FLOPs a byte"), Column("mfu", "MFU", percent=True)),
@@ -53,9 +54,9 @@ ANSWERS = [
     *(Column("binds", "binds"), Column("no_formula", "no formula", percent=True)),
 ]
 STEPS = [
-    *(Column("step", "step", 0), Column("phase", "phase"), Column("time_ms", "ms"), Column("flops", "FLOPs", 0)),
-    *(Column("weight_bytes", "weights, bytes", 0), Column("cache_read_bytes", "cache read", 0)),
-    *(Column("cache_written_bytes", "cache written", 0), Column("mfu", "MFU", percent=True)),
+    *(Column("step", "step", 0), Column("phase", "phase"), Column("time_ms", "ms"), Column("gflop", "GFLOP", 3)),
+    *(Column("weight_megabytes", "weights, MB", 2), Column("cache_read_megabytes", "cache read, MB", 3)),
+    *(Column("cache_written_megabytes", "written, MB", 3), Column("mfu", "MFU", percent=True)),
     *(Column("mbu", "MBU", percent=True), Column("floor_ms", "floor ms", 3), Column("ratio", "ratio to it", 1)),
     *(Column("binds", "binds"), Column("counted", "counted")),
 ]
@@ -68,6 +69,13 @@ CEILINGS = [
     *(Column("what", "ceiling"), Column("unit", "unit"), Column("median", "median"), Column("spread", "spread")),
     Column("datasheet", "datasheet"),
 ]
+
+
+def _readable(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with columns of GFLOP and MB beside those of FLOPs and bytes."""
+    sizes = [name for name in table.columns if name.endswith("bytes")]
+    megabytes = {name.replace("bytes", "megabytes"): table[name] / 1e6 for name in sizes}
+    return table.assign(gflop=table["flops"] / 1e9, **megabytes).reset_index()
 
 
 def side_by_side(base: Measured, other: Measured) -> Iterator[str]:
@@ -128,20 +136,22 @@ def plot(found: Roofline) -> go.Figure:
             name=f"roof, {dtype}",
             hovertemplate=f"{roofline_text.amount(peak, 'FLOP/s')}, {bandwidth}<extra></extra>",
         )
-    for stage, row in table.iterrows():
+    # Points of nearly one intensity: their names stand left and right in turn.
+    places = itertools.cycle(("middle left", "middle right"))
+    for stage, row in table.sort_values("intensity").iterrows():
         fig.add_scatter(
             x=[float(row["intensity"])],
             y=[float(rates[stage])],
             mode="markers+text",
             text=[str(stage)],
-            textposition="bottom center",
+            textposition=next(places),
             marker={"size": 11, "color": figures.colour_of(stage)},
             name=str(stage),
             hovertemplate=f"{stage}: %{{y:.3s}}FLOP/s, %{{x:.3g}} FLOPs a byte, {row['attained']:.0%} of what is "
             "attainable<extra></extra>",
         )
-    fig.update_xaxes(title="FLOPs a byte that must move", type="log")
-    fig.update_yaxes(title="FLOP/s", type="log")
+    fig.update_xaxes(title="FLOPs a byte that must move", type="log", dtick=1)
+    fig.update_yaxes(title="FLOP/s", type="log", dtick=1, exponentformat="SI")
     return figures.styled(fig, 420)
 
 

@@ -88,8 +88,9 @@ def _stages(found: Roofline) -> Table:
             _ms(row["floor_ms"]),
             *[_share(row["attained"])] * timed,
         ]
-        binds = row["binds"] if row["flops"] or row["bytes"] else "–"
-        table.add_row(str(stage), *cells, binds, _ms(row["launch_ms"]), *[_share(row["no_formula"])] * silent)
+        table.add_row(
+            str(stage), *cells, row["binds"] or "–", _ms(row["launch_ms"]), *[_share(row["no_formula"])] * silent
+        )
     return table
 
 
@@ -159,8 +160,8 @@ def meanings(found: Roofline) -> str:
     """Return what the columns of the stages mean, in a sentence."""
     return (
         f"floor: the higher of FLOPs over {found.limits.dtype} FLOP/s and bytes over B/s, as measured here; of it: "
-        "floor over time; launch: as many operators, one by one, from the host; no formula: share of the operators' "
-        "time that counts as no FLOP."
+        "floor over time, ratio its inverse; launch: as many operators, one by one, from the host; no formula: share "
+        "of the operators' time that counts as no FLOP."
     )
 
 
@@ -178,7 +179,9 @@ def how_counted(found: Roofline) -> str:
     weights = "on a copy without weights" if about["weights"] == "fake" else f"on the model itself ({about['why']})"
     steps = f"{about['steps_counted']} of {about['steps']} steps"
     line = f"; the others follow by a line: {about['line']}" if about["line"] else ""
-    return f"counted {weights}, {steps}{line}. FLOPs: {about['convention']}."
+    gaps = ", ".join(f"{name} ({share:.1%} of the FLOPs)" for name, share in about.get("gaps", {}).items())
+    missed = f" torch's FlopCounterMode would count as nothing: {gaps}." if gaps else ""
+    return f"counted {weights}, {steps}{line}. FLOPs: {about['convention']}.{missed}"
 
 
 def as_dict(found: Roofline) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class Counting:
                 ) from error
             table = self._table(self.model, self.kwargs)
             self.about |= {"weights": "real", "why": why, "line": "", "steps_counted": _steps(table)}
+        self.about["gaps"] = _gaps(self.operators)
         self.about |= {"steps": _steps(table), "seconds": time.perf_counter() - begin}
         return Work(table, self.operators, part_table(self.model, self.anatomy), self.about)
 
@@ -137,6 +138,14 @@ def count(
     """
     with preserved_random_state():
         return Counting(model, generate_kwargs, anatomy, granularity, steps).work()
+
+
+def _gaps(operators: pd.DataFrame) -> dict[str, float]:
+    """Return the operators that torch's own counter takes for nothing, and their share of the FLOPs of counted steps."""
+    silent = {f"aten::{name}" for name in formulas.gaps()}
+    found = operators[operators["name"].isin(silent) & (operators["flops"] > 0)]
+    shares = found["flops"] / max(int(operators["flops"].sum()), 1)
+    return dict(zip(found["name"], map(float, shares), strict=True))
 
 
 def _steps(table: pd.DataFrame) -> int:

@@ -298,6 +298,13 @@ def test_attention_on_the_cpu_is_a_gap_of_torch_and_has_a_formula(context):
     assert "_scaled_dot_product_flash_attention_for_cpu" in formulas.gaps()
 
 
+def test_a_gap_that_bites_is_named():
+    work = counted(builders.small_llava)
+    attention = 4 * 32 * 2 * (5 * 5 + 8 * 8 + 9 + 10 + 11 + 12)
+    share = attention / work.total()["flops"]
+    assert work.about["gaps"] == {"aten::_scaled_dot_product_flash_attention_for_cpu": pytest.approx(share)}
+
+
 def test_small_products_are_gaps_of_torch():
     matrix, vector = torch.randn(3, 4), torch.randn(4)
     assert flops(torch.mv, matrix, vector) == (0, 2 * 3 * 4)
