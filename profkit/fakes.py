@@ -94,7 +94,7 @@ def substitute(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> t
         return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
     if func in CHOOSING and is_fake(args[0]):
         made = func(*args, **kwargs)
-        return torch.zeros(made.shape, dtype=made.dtype)
+        return torch.zeros(made.shape, dtype=made.dtype, device=made.device)
     return args
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,11 @@ from torch import nn
 from profkit import cache, fakes, formulas
 from profkit.anatomy import Anatomy
 from profkit.counting import Counter
-from profkit.environment import preserved_random_state
+from profkit.environment import device_of, preserved_random_state
 from profkit.errors import MeasurementError
 from profkit.ledger import Ledger, Scopes
 from profkit.lines import Line, line_of
-from profkit.plan import Granularity
+from profkit.plan import Granularity, is_compiled
 from profkit.probes import Instrument
 from profkit.spans import Spans
 from profkit.work import QUANTITIES, Work, work_table
@@ -48,42 +49,44 @@ class Counting:
         """Count on fake weights; where data decide what is done, on the model itself."""
         begin = time.perf_counter()
         try:
-            fake = fakes.without_weights(self.model)
-            with fakes.quietly():
-                table = self._followed(fake)
+            with preserved_random_state(), fakes.quietly():
+                table = self._followed(fakes.without_weights(self.model))
             self.about |= {"weights": "fake", "why": ""}
         except Exception as error:
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            if any(one.is_meta or fakes.is_fake(one) for one in self.model.parameters()):
-                name = type(self.model).__name__
-                raise MeasurementError(
-                    f"The work of {name} cannot be counted without its weights, as what it does depends on data: load "
-                    f"them ({why})."
-                ) from error
+            self._refuse_without_weights(why, error)
             table = self._table(self.model, self.kwargs)
             self.about |= {"weights": "real", "why": why, "line": "", "steps_counted": _steps(table)}
         self.about["gaps"] = _gaps(self.operators)
         self.about |= {"steps": _steps(table), "seconds": time.perf_counter() - begin}
         return Work(table, self.operators, part_table(self.model, self.anatomy), self.about)
 
+    def _refuse_without_weights(self, why: str, error: Exception) -> None:
+        # An offloaded model brings its weights as they are needed.
+        if hasattr(self.model, "hf_device_map"):
+            return
+        if any(one.is_meta or fakes.is_fake(one) for one in self.model.parameters()):
+            raise MeasurementError(
+                f"The work of {type(self.model).__name__} cannot be counted without its weights, as what it does "
+                f"depends on data: load them ({why})."
+            ) from error
+
     def _followed(self, fake: nn.Module) -> pd.DataFrame:
         """Count a few steps, and let the others follow if they lie on a line up to the last."""
         wanted = self.steps
         if wanted is None or wanted <= FEW:
             return self._exactly(fake, wanted)
-        table = self._exactly(fake, FEW)
-        line = line_of(table)
-        if line is not None and self._ends_on(line, fake, wanted):
+        line = line_of(self._exactly(fake, FEW))
+        ends_on = None if line is None else self._ends_on(line, fake, wanted)
+        if line is not None and ends_on:
             self.about["line"] = "the last step was counted too, with a prompt as long as the context is then"
             return line.upto(wanted)
-        table = self._exactly(fake, min(wanted, MOST))
-        line = line_of(table) if wanted > MOST else None
-        if line is None and wanted > MOST:
-            table = self._exactly(fake, wanted)
-        elif line is not None:
-            self.about["line"] = f"it held in the {MOST} steps that were counted"
-            table = line.upto(wanted)
-        return table
+        if wanted > MOST and line is not None and ends_on is None:
+            line = line_of(self._exactly(fake, MOST))
+            if line is not None:
+                self.about["line"] = f"it held in the {MOST} steps that were counted"
+                return line.upto(wanted)
+        return self._exactly(fake, wanted)
 
     def _exactly(self, fake: nn.Module, steps: int | None) -> pd.DataFrame:
         """Count so many steps. Raises MeasurementError if generate() makes others."""
@@ -94,24 +97,31 @@ class Counting:
         self.about |= {"line": "", "steps_counted": made}
         return table
 
-    def _ends_on(self, line: Line, fake: nn.Module, steps: int) -> bool:
-        """Tell whether the last step is on the line: the third of a prompt that is longer by the steps between."""
+    def _ends_on(self, line: Line, fake: nn.Module, steps: int) -> bool | None:
+        """Tell whether the last step is on the line: the third of a prompt that is longer by the steps between.
+
+        None if that cannot be counted.
+        """
+        kwargs = _lengthened(self.kwargs, steps - 3)
+        if kwargs is None:
+            return None
         operators, prompt_tokens = self.operators, self.about["prompt_tokens"]
         try:
-            kwargs = _lengthened(self.kwargs, steps - 3)
-            table = None if kwargs is None else self._table(fake, _for_fakes(fake, kwargs, 3))
+            return line.meets(self._table(fake, _for_fakes(fake, kwargs, 3)), at=2, step=steps - 1)
         except Exception:
-            table = None
-        self.operators, self.about["prompt_tokens"] = operators, prompt_tokens
-        return table is not None and line.meets(table, at=2, step=steps - 1)
+            return None
+        finally:
+            self.operators, self.about["prompt_tokens"] = operators, prompt_tokens
 
     def _table(self, model: nn.Module, kwargs: Mapping[str, Any]) -> pd.DataFrame:
         counter, scopes = Counter(model), Scopes()
         ledger = Ledger(scopes, now=counter.tick)
         follow = counter.following(scopes.list)
         instrument = Instrument(model, self.anatomy, ledger, self.granularity, None, follow, counter.begin_step)
-        with _watching_cache(model, self.anatomy, counter), instrument, counter:
-            model.generate(**kwargs)  # type: ignore[operator]
+        # A cache given by the user would remember this pass in the next one.
+        fresh = {key: copy.deepcopy(value) if key == "past_key_values" else value for key, value in kwargs.items()}
+        with _eagerly(model), _watching_cache(model, self.anatomy, counter), instrument, counter:
+            model.generate(**fresh)  # type: ignore[operator]
         self.operators = operator_table(counter)
         sums = np.array(counter.ticks, dtype=np.int64).reshape(-1, len(QUANTITIES))
         spans = Spans(ledger.marks(), scopes.list)
@@ -141,7 +151,7 @@ def count(
 
 
 def _gaps(operators: pd.DataFrame) -> dict[str, float]:
-    """Return the operators that torch's own counter takes for nothing, and their share of the FLOPs of counted steps."""
+    """Return the operators that torch's own counter takes for nothing, and their share of the counted FLOPs."""
     silent = {f"aten::{name}" for name in formulas.gaps()}
     found = operators[operators["name"].isin(silent) & (operators["flops"] > 0)]
     shares = found["flops"] / max(int(operators["flops"].sum()), 1)
@@ -154,7 +164,8 @@ def _steps(table: pd.DataFrame) -> int:
 
 def _for_fakes(model: nn.Module, kwargs: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
     """Return generate()'s arguments for a model without data: so many steps, and scores that are made real."""
-    given = dict(kwargs)
+    # Nobody shall be shown tokens that are none.
+    given = {key: value for key, value in kwargs.items() if key != "streamer"}
     known = hasattr(model, "_get_logits_processor")
     if steps is not None and (known or "max_new_tokens" in given):
         given["max_new_tokens"] = steps
@@ -179,6 +190,14 @@ def _lengthened(kwargs: Mapping[str, Any], tokens: int) -> dict[str, Any] | None
         return torch.cat([value, value[:, -1:].repeat_interleave(tokens, 1)], 1) if alike or key == name else value
 
     return {key: longer(key, value) for key, value in kwargs.items()}
+
+
+def _eagerly(model: nn.Module) -> AbstractContextManager[object]:
+    """Return a context in which nothing compiled runs: graphs hide their operators, and fakes need none."""
+    compiled = any(is_compiled(module) for module in model.modules())
+    if not compiled and device_of(model).type == "cpu":
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager

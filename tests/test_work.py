@@ -233,6 +233,45 @@ def test_a_window_that_closes_later_is_counted_step_by_step():
     assert found.steps()["cache_read_bytes"].diff().iloc[-3:].tolist() == [0, 0, 0]
 
 
+def test_a_window_that_closes_after_many_steps_is_not_followed_past_its_end():
+    def windowed():
+        model, kwargs = llama(sliding_window=80)
+        return model, {**kwargs, "max_new_tokens": 90, "min_new_tokens": 90}
+
+    found = counted(windowed, steps=90)
+    assert found.about["steps_counted"] == 90
+    assert found.steps()["cache_read_bytes"].diff().iloc[-3:].tolist() == [0, 0, 0]
+
+
+def test_a_cache_and_a_streamer_of_the_users_stay_as_they_are():
+    class Streamer:
+        shown = 0
+
+        def put(self, tokens):
+            self.shown += 1
+
+        def end(self):
+            self.shown += 1
+
+    model, kwargs = llama()
+    cache, streamer = transformers.DynamicCache(config=model.config), Streamer()
+    kwargs |= {"past_key_values": cache, "streamer": streamer, "max_new_tokens": 8, "min_new_tokens": 8}
+    anatomy = inspection.anatomy_for(model, llama()[1])
+    work = workload.count(model, kwargs, anatomy, steps=8)
+    assert work.about["weights"] == "fake" and cache.get_seq_length() == 0 and streamer.shown == 0
+    plain = workload.count(*llama(), anatomy, steps=20)
+    assert work.steps()["flops"].tolist() == plain.steps()["flops"].tolist()[:8]
+
+
+def test_what_was_compiled_is_counted_eagerly():
+    model, kwargs = builders.small_llava()
+    anatomy = inspection.anatomy_for(model, kwargs)
+    plain = workload.count(model, kwargs, anatomy)
+    model.model.vision_tower.forward = torch.compile(model.model.vision_tower.forward)
+    work = workload.count(model, kwargs, anatomy)
+    assert work.stages()["flops"].to_dict() == plain.stages()["flops"].to_dict()
+
+
 # -- where data decide, and what is not known --------------------------------------------------------
 
 
