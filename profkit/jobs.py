@@ -152,14 +152,15 @@ def inspect(
 
 
 def count(name: str, inputs: Sequence[str], options: Options, progress: Report) -> tuple[Work, str]:
-    """Count a model's work without running it, a preset's without its weights; return it, and the model's dtype."""
+    """Count a model's work without running it, nor reading its weights; return it, and the model's dtype."""
     import torch
 
     from profkit import fakes, models, passes, structure, workload
 
     progress(f"making {name} without weights")
     dtype, remote = models.DTYPES.get(options["dtype"]), options["trust_remote_code"]
-    made = name in models.preset_names() and options["weights"] != "real"
+    # A function of the user's own makes its model itself.
+    made = options["weights"] != "real" and ":" not in name
     device, weights = (torch.device("meta"), "random") if made else (torch.device("cpu"), options["weights"])
     loaded = models.load_model(name, device, dtype, weights, remote)
     if made:

@@ -68,7 +68,7 @@ class Counting:
         if any(one.is_meta or fakes.is_fake(one) for one in self.model.parameters()):
             raise MeasurementError(
                 f"The work of {type(self.model).__name__} cannot be counted without its weights, as what it does "
-                f"depends on data: load them ({why})."
+                f"depends on data: load them, --weights real ({why})."
             ) from error
 
     def _followed(self, fake: nn.Module) -> pd.DataFrame:

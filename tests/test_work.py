@@ -126,6 +126,19 @@ def test_llava_7b_without_its_weights():
     assert work.parts.set_index("role")["parameters"]["decoder_layers"] == 32 * (202_375_168 + 2 * 4096)
 
 
+def test_a_checkpoint_is_counted_without_reading_its_weights(tmp_path):
+    loaded = builders.tiny_llava()
+    loaded.model.save_pretrained(tmp_path)
+    loaded.processor.save_pretrained(tmp_path)
+    for file in tmp_path.glob("*.safetensors"):
+        file.unlink()
+    options = {**OPTIONS, "max_new_tokens": 3}
+    work, dtype = jobs.count(str(tmp_path), (), options, lambda what: None)
+    preset, _ = jobs.count("tiny-llava", (), options, lambda what: None)
+    assert dtype == "float32"
+    assert work.total()["flops"] == preset.total()["flops"] and work.parts.equals(preset.parts)
+
+
 # -- sums, and the same without weights --------------------------------------------------------------
 
 
