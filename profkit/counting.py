@@ -193,6 +193,7 @@ class Counter(TorchDispatchMode):
         made = _tensors_in(result)
         made_bytes = moved = sum(one.nbytes for one in made)
         grown = held = 0
+        reordered = False
         for place, value in enumerate((*args, *kwargs.values())):
             for tensor in _tensors_in(value):
                 rows, written = known.reads_rows and place == 0, place in known.written
@@ -202,6 +203,10 @@ class Counter(TorchDispatchMode):
                     size = size // tensor.shape[0] * min(tensor.shape[0], args[0].shape[0])
                 moved += size
                 for memory in self._memory_of(tensor):
+                    if rows and memory.kind == CACHE_READ:
+                        # Beams are put in another order: it stays what it is, and a cache that is paged need not move.
+                        reordered = True
+                        continue
                     if memory.kind == CACHE_READ:
                         held += size
                     elif tensor.is_floating_point() and not written:
@@ -213,6 +218,7 @@ class Counter(TorchDispatchMode):
         for tensor in made:
             for memory in self._memory_of(tensor):
                 memory.maker = self._part[-1]
+                memory.kind = CACHE_READ if reordered else memory.kind
         tally.operator_bytes += moved
         sums[MOVED] += moved
         sums[OPERATORS] += 1

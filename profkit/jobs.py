@@ -170,8 +170,8 @@ def count(name: str, inputs: Sequence[str], options: Options, progress: Report) 
     kwargs = {**given, **_generate_options(loaded, options)}
     progress("counting the work")
     anatomy = structure.find(loaded.model, parse_parts(options["part"]))
-    steps = options["max_new_tokens"] if loaded.generate_kwargs is None else None
-    found = workload.count(loaded.model, kwargs, anatomy, steps=steps)
+    tokens = options["max_new_tokens"] if loaded.generate_kwargs is None else None
+    found = workload.count(loaded.model, kwargs, anatomy, new_tokens=tokens)
     return found, str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
 
 

@@ -30,6 +30,11 @@ class Line:
         """The number of the last counted step."""
         return int(self.counted["step"].max())
 
+    @property
+    def prefills(self) -> int:
+        """In how many steps the prompt was read."""
+        return int(self.counted.loc[self.counted["phase"] == "prefill", "step"].nunique())
+
     def at(self, step: int) -> pd.DataFrame:
         """Return the rows of a step."""
         return self.last + (step - self.last_step) * self.slope

@@ -16,9 +16,12 @@ def add_work(result: Run, model: nn.Module, prepared: Callable[[], Mapping[str, 
 
     `prepared` gives generate()'s arguments, anew each time; `plan` is that of the run.
     """
-    steps, notes = len(result.representative.steps), result.manifest["notes"]
+    made, notes = result.representative.steps, result.manifest["notes"]
+    steps, tokens = len(made), int((~made.prefill).sum()) + 1
     try:
-        result.work = workload.count(model, prepared(), result.anatomy, granularity=plan["granularity"], steps=steps)
+        result.work = workload.count(
+            model, prepared(), result.anatomy, granularity=plan["granularity"], new_tokens=tokens
+        )
     except Exception as error:
         notes.append(f"the work was not counted: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
         return

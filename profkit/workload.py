@@ -29,7 +29,7 @@ from profkit.wrapping import Wrappers
 
 PROMPTS = ("inputs_embeds", "input_ids", "inputs")
 FEW = 6
-"""Steps that are counted where the others follow: the prefill and five of decoding."""
+"""Tokens that are counted where the others follow: that of the prefill and five of decoding."""
 MOST = 64
 """Steps after which a line that held throughout is followed, even where its end cannot be counted."""
 
@@ -38,11 +38,16 @@ class Counting:
     """One count: of which model, with which arguments, of how many steps."""
 
     def __init__(
-        self, model: nn.Module, kwargs: Mapping[str, Any], anatomy: Anatomy, granularity: Granularity, steps: int | None
+        self,
+        model: nn.Module,
+        kwargs: Mapping[str, Any],
+        anatomy: Anatomy,
+        granularity: Granularity,
+        tokens: int | None,
     ) -> None:
         self.model, self.kwargs, self.anatomy = model, dict(kwargs), anatomy
-        self.granularity, self.steps = granularity, steps
-        self.about: dict[str, Any] = {"convention": formulas.CONVENTION, "steps": steps}
+        self.granularity, self.tokens = granularity, tokens
+        self.about: dict[str, Any] = {"convention": formulas.CONVENTION}
         self.operators = pd.DataFrame()
 
     def work(self) -> Work:
@@ -72,38 +77,39 @@ class Counting:
             ) from error
 
     def _followed(self, fake: nn.Module) -> pd.DataFrame:
-        """Count a few steps, and let the others follow if they lie on a line up to the last."""
-        wanted = self.steps
+        """Count a few tokens, and let the other steps follow if they lie on a line up to the last."""
+        wanted = self.tokens
         if wanted is None or wanted <= FEW:
             return self._exactly(fake, wanted)
-        line = line_of(self._exactly(fake, FEW))
-        ends_on = None if line is None else self._ends_on(line, fake, wanted)
+        few = self._exactly(fake, FEW)
+        steps, line = _steps(few) - FEW + wanted, line_of(few)
+        ends_on = None if line is None else self._ends_on(line, fake, steps)
         if line is not None and ends_on:
             self.about["line"] = "the last step was counted too, with a prompt as long as the context is then"
-            return line.upto(wanted)
+            return line.upto(steps)
         if wanted > MOST and line is not None and ends_on is None:
             line = line_of(self._exactly(fake, MOST))
             if line is not None:
                 self.about["line"] = f"it held in the {MOST} steps that were counted"
-                return line.upto(wanted)
+                return line.upto(steps)
         return self._exactly(fake, wanted)
 
-    def _exactly(self, fake: nn.Module, steps: int | None) -> pd.DataFrame:
-        """Count so many steps. Raises MeasurementError if generate() makes others."""
-        table = self._table(fake, _for_fakes(fake, self.kwargs, steps))
-        made = _steps(table)
-        if steps is not None and made != steps:
-            raise MeasurementError(f"generate() made {made} steps without data, and {steps} with them")
-        self.about |= {"line": "", "steps_counted": made}
+    def _exactly(self, fake: nn.Module, tokens: int | None) -> pd.DataFrame:
+        """Count so many tokens. Raises MeasurementError if generate() makes others."""
+        table = self._table(fake, _for_fakes(fake, self.kwargs, tokens))
+        made = table.loc[table["phase"] == "decode", "step"].nunique() + 1
+        if tokens is not None and made != tokens:
+            raise MeasurementError(f"generate() made {made} steps of tokens without data, and {tokens} with them")
+        self.about |= {"line": "", "steps_counted": _steps(table)}
         return table
 
     def _ends_on(self, line: Line, fake: nn.Module, steps: int) -> bool | None:
         """Tell whether the last step is on the line: the third of a prompt that is longer by the steps between.
 
-        None if that cannot be counted.
+        None if that cannot be counted, or if the prompt is read in several steps.
         """
         kwargs = _lengthened(self.kwargs, steps - 3)
-        if kwargs is None:
+        if kwargs is None or line.prefills > 1:
             return None
         operators, prompt_tokens = self.operators, self.about["prompt_tokens"]
         try:
@@ -135,19 +141,19 @@ def count(
     anatomy: Anatomy,
     *,
     granularity: Granularity = "layer",
-    steps: int | None = None,
+    new_tokens: int | None = None,
 ) -> Work:
     """Return the work of model.generate(**generate_kwargs), counted in a pass of its own.
 
     It is counted on a copy whose weights have no data, so that ids, masks and media take the way they take and a large
     model needs no memory; where that cannot be done, because data decide what is done, on the model itself: `about` of
-    the result says which, and why. `steps` is how many steps the measured generate() made; of many, the later ones
-    follow from the first if they lie on a line. The model and the random state are left as they were.
+    the result says which, and why. `new_tokens` is how many steps of the measured generate() gave a token; of many,
+    the later ones follow from the first if they lie on a line. The model and the random state are left as they were.
 
     Raises MeasurementError for a model without weights whose work depends on them, and what generate() raises.
     """
     with preserved_random_state():
-        return Counting(model, generate_kwargs, anatomy, granularity, steps).work()
+        return Counting(model, generate_kwargs, anatomy, granularity, new_tokens).work()
 
 
 def _gaps(operators: pd.DataFrame) -> dict[str, float]:
@@ -162,14 +168,13 @@ def _steps(table: pd.DataFrame) -> int:
     return int(table["step"].max()) + 1 if len(table) else 0
 
 
-def _for_fakes(model: nn.Module, kwargs: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
-    """Return generate()'s arguments for a model without data: so many steps, and scores that are made real."""
+def _for_fakes(model: nn.Module, kwargs: Mapping[str, Any], tokens: int | None) -> dict[str, Any]:
+    """Return generate()'s arguments for a model without data: so many tokens, and scores that are made real."""
     # Nobody shall be shown tokens that are none.
     given = {key: value for key, value in kwargs.items() if key != "streamer"}
     known = hasattr(model, "_get_logits_processor")
-    if steps is not None and (known or "max_new_tokens" in given):
-        given["max_new_tokens"] = steps
-        given["min_new_tokens"] = steps
+    if tokens is not None and (known or "max_new_tokens" in given):
+        given["max_new_tokens"] = given["min_new_tokens"] = tokens
     if known:
         token = fakes.plain_token(getattr(model, "config", None), getattr(model, "generation_config", None))
         given["logits_processor"] = [*(given.get("logits_processor") or []), fakes.RealScores(token)]

@@ -213,7 +213,7 @@ def llama(**config):
 
 @pytest.mark.smoke
 def test_later_steps_follow_from_a_few():
-    line, whole = counted(llama, steps=20), counted(llama)
+    line, whole = counted(llama, new_tokens=20), counted(llama)
     assert line.about["steps_counted"] == 6 and line.about["steps"] == whole.about["steps_counted"] == 20
     assert line.steps()["counted"].tolist() == [True] * 6 + [False] * 14
     keys = ["step", "stage", "path"]
@@ -225,21 +225,21 @@ def test_the_last_step_is_counted_whatever_the_prompt_is():
     model, kwargs = builders.event_model()
     anatomy = inspection.anatomy_for(model, kwargs)
     kwargs |= {"max_new_tokens": 12, "min_new_tokens": 12}
-    assert workload.count(model, kwargs, anatomy, steps=12).about["steps_counted"] == 6
+    assert workload.count(model, kwargs, anatomy, new_tokens=12).about["steps_counted"] == 6
 
     def embedded():
         model, kwargs = llama()
         ids = kwargs.pop("input_ids")
         return model, {**kwargs, "inputs_embeds": model.get_input_embeddings()(ids).detach()}
 
-    assert counted(embedded, steps=20).about["steps_counted"] == 6
+    assert counted(embedded, new_tokens=20).about["steps_counted"] == 6
 
 
 def test_a_window_that_closes_later_is_counted_step_by_step():
     def windowed():
         return llama(sliding_window=14)
 
-    found, whole = counted(windowed, steps=20), counted(windowed)
+    found, whole = counted(windowed, new_tokens=20), counted(windowed)
     assert found.about["steps_counted"] == 20 and not found.about["line"]
     pd.testing.assert_frame_equal(found.table, whole.table)
     # The cache stops to grow: 13 of 14 are kept, the new one is the 14th.
@@ -251,7 +251,7 @@ def test_a_window_that_closes_after_many_steps_is_not_followed_past_its_end():
         model, kwargs = llama(sliding_window=80)
         return model, {**kwargs, "max_new_tokens": 90, "min_new_tokens": 90}
 
-    found = counted(windowed, steps=90)
+    found = counted(windowed, new_tokens=90)
     assert found.about["steps_counted"] == 90
     assert found.steps()["cache_read_bytes"].diff().iloc[-3:].tolist() == [0, 0, 0]
 
@@ -270,10 +270,37 @@ def test_a_cache_and_a_streamer_of_the_users_stay_as_they_are():
     cache, streamer = transformers.DynamicCache(config=model.config), Streamer()
     kwargs |= {"past_key_values": cache, "streamer": streamer, "max_new_tokens": 8, "min_new_tokens": 8}
     anatomy = inspection.anatomy_for(model, llama()[1])
-    work = workload.count(model, kwargs, anatomy, steps=8)
+    work = workload.count(model, kwargs, anatomy, new_tokens=8)
     assert work.about["weights"] == "fake" and cache.get_seq_length() == 0 and streamer.shown == 0
-    plain = workload.count(*llama(), anatomy, steps=20)
+    plain = workload.count(*llama(), anatomy, new_tokens=20)
     assert work.steps()["flops"].tolist() == plain.steps()["flops"].tolist()[:8]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 5, "num_return_sequences": 2},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 3},
+        {"use_cache": False},
+        {"repetition_penalty": 1.2, "output_scores": True, "return_dict_in_generate": True},
+    ],
+    ids=lambda one: next(iter(one)),
+)
+def test_ways_of_generating(options, monkeypatch):
+    model, kwargs = builders.small_llava()
+    anatomy, kwargs = inspection.anatomy_for(model, kwargs), {**kwargs, **options}
+    fake, real = workload.count(model, kwargs, anatomy, new_tokens=5), with_weights(monkeypatch, model, kwargs, anatomy)
+    assert fake.about["weights"] == "fake", fake.about["why"]
+    exact = [name for name in QUANTITIES if name != "operator_bytes"]
+    pd.testing.assert_frame_equal(fake.table[exact], real.table[exact])
+    # 512 bytes a token and sequence: a prompt of 8 and four later ones, each read in every step after its own.
+    sequences = options.get("num_beams", options.get("num_return_sequences", 1))
+    if "use_cache" not in options and "cache_implementation" not in options:
+        assert fake.total()["cache_written_bytes"] == 512 * sequences * (8 + 4)
+        chunks = 3 + 6 if "prefill_chunk_size" in options else 0
+        assert fake.total()["cache_read_bytes"] == 512 * sequences * (8 + 9 + 10 + 11 + chunks)
 
 
 def test_what_was_compiled_is_counted_eagerly():
@@ -308,7 +335,7 @@ def test_where_data_decide_the_model_itself_is_counted():
     model = Deciding().eval()
     kwargs = {"picture": torch.randn(1, 4, 12), "ids": torch.tensor([[3, 4, 5]])}
     anatomy = inspection.anatomy_for(model, kwargs)
-    work = workload.count(model, kwargs, anatomy, steps=3)
+    work = workload.count(model, kwargs, anatomy, new_tokens=3)
     assert work.about["weights"] == "real" and "DataDependent" in work.about["why"] and len(work.steps()) == 3
     with pytest.raises(MeasurementError, match="cannot be counted without its weights"):
         workload.count(fakes.without_weights(model), kwargs, anatomy)
