@@ -219,6 +219,16 @@ def test_the_command_of_a_run_from_another_device(run, elsewhere):
     assert done.exit_code == 2 and "made on Elsewhere 9000" in done.stderr and manifest["device_name"]
 
 
+def test_damaged_ceilings_of_a_run_are_said(run, tmp_path):
+    saved = profkit.load(run.path)
+    saved.ceilings = ceilings()
+    saved.save(tmp_path / "run")
+    assert profkit.load(tmp_path / "run").ceilings == ceilings()
+    (tmp_path / "run" / "ceilings.json").write_text("{")
+    again = profkit.load(tmp_path / "run")
+    assert again.ceilings is None and "damaged" in again.unreadable[0] and len(again.stages())
+
+
 def test_the_command_of_a_run_without_work(run, tmp_path):
     saved = profkit.load(run.path)
     saved.work = None
