@@ -18,11 +18,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from profkit import annotate, corrections, device_tables, stages, stats, tables, tensorboard
-from profkit import roofline as rooflines
+from profkit import annotate, ceilings, corrections, device_tables, roofline, stages, stats, tables, tensorboard
 from profkit.anatomy import Anatomy
-from profkit.ceilings import Ceilings
-from profkit.ceilings import read as read_ceilings
 from profkit.errors import InputError, ProfkitError
 from profkit.ledger import Marks, Scope
 from profkit.spans import Spans
@@ -67,7 +64,7 @@ class Run:
     timeline: pd.DataFrame | None = None
     work: Work | None = None
     """What generate() had to do, where it was counted (see work.Work)."""
-    ceilings: Ceilings | None = None
+    ceilings: ceilings.Ceilings | None = None
     """What the machine can do, where it was measured (see ceilings.Ceilings)."""
     trace_json: bytes | None = None
     path: Path | None = None
@@ -151,27 +148,20 @@ class Run:
             raise InputError("The work of this run was not counted: trace it again, without --no-work.")
         return self.work
 
-    def roofline(self, ceilings: Ceilings | None = None) -> rooflines.Roofline:
+    def roofline(self, known: ceilings.Ceilings | None = None) -> roofline.Roofline:
         """Return how far each stage and step is from the limit, with these ceilings or those that the run holds.
 
         Raises InputError for a run whose work was not counted, or without ceilings.
         """
-        work, limits = self.check_work(), ceilings or self.ceilings
+        work, limits = self.check_work(), known or self.ceilings
         if limits is None:
             raise InputError(
                 "The ceilings of this run's device are not known: measure them there, by profkit roofline."
             )
-        call = (self.manifest.get("calls") or [{}])[0]
-        return rooflines.answers(
-            work,
-            limits,
-            str(self.manifest.get("dtype")),
-            spans=self.representative,
-            latency=self.latency(),
-            operators=self.operators,
-            batch=call.get("batch") or 1,
-            media_tokens=self.manifest.get("media_tokens"),
-        )
+        call, dtype = (self.manifest.get("calls") or [{}])[0], str(self.manifest.get("dtype"))
+        counts: dict[str, Any] = {"batch": call.get("batch") or 1, "media_tokens": self.manifest.get("media_tokens")}
+        passed: dict[str, Any] = {"spans": self.representative, "latency": self.latency(), "operators": self.operators}
+        return roofline.answers(work, limits, dtype, **passed, **counts)
 
     def overhead(self) -> float:
         """Return clean over control time of generate(), the median of pairs; NaN without controls."""
@@ -342,8 +332,7 @@ def _write(run: Run, folder: Path) -> None:
         manifest["work"] = run.work.to_record()
         _parquet(run.work.table, folder / "work.parquet")
     if run.ceilings is not None:
-        described = json.dumps(run.ceilings.to_record(), indent=1)
-        (folder / "ceilings.json").write_text(described + "\n", encoding="utf-8")
+        ceilings.write(run.ceilings, folder / "ceilings.json")
     described = json.dumps(plain(manifest), indent=1, ensure_ascii=False)
     (folder / "run.json").write_text(described + "\n", encoding="utf-8")
 
@@ -376,7 +365,7 @@ def _read(folder: Path, manifest: dict[str, Any]) -> Run:
     record = manifest.pop("work", None)
     if record is not None and (table := _kept_table(folder / "work.parquet", run.unreadable)) is not None:
         run.work = Work.from_record(record, table)
-    run.ceilings, damage = read_ceilings(folder / "ceilings.json")
+    run.ceilings, damage = ceilings.read(folder / "ceilings.json")
     run.unreadable += [damage] if damage else []
     return run
 

@@ -29,6 +29,7 @@ def report(run: Run, corrected: bool = False) -> Iterator[Table | str]:
     if corrected:
         yield "[dim]corrected ms: ms less what marks cost, as calibrated on modules that do nothing.[/dim]"
     yield latency_line(run)
+    yield from limit_lines(run)
     yield from pace_lines(run)
     yield from cost_lines(run)
     yield from check_lines(run)
@@ -168,6 +169,18 @@ def latency_line(run: Run) -> str:
     )
 
 
+def limit_lines(run: Run) -> Iterator[str]:
+    """Yield what was counted, and how far TTFT and TPOT are from their floors where the ceilings are known."""
+    if run.work is None:
+        return
+    flops, moved = (float(run.work.total()[name]) for name in ("flops", "bytes"))
+    said = f"work: {flops / 1e9:.4g} GFLOP, at least {moved / 1e6:.4g} MB to move"
+    if run.ceilings is not None:
+        one = run.roofline().latencies
+        said += f"; floor of TTFT {_ms(one.ttft_floor_ms)} ms, of TPOT {_ms(one.tpot_floor_ms)} ms"
+    yield f"{said} [dim](profkit roofline RUN says how far each stage is from its limit)[/dim]"
+
+
 def pace_lines(run: Run) -> Iterator[str]:
     """Yield who sets the pace of each stage, where there is a device."""
     if run.device is None:
@@ -266,6 +279,7 @@ def as_dict(run: Run) -> dict[str, Any]:
             "dtype": run.manifest["dtype"],
             "stages": run.breakdown().reset_index().to_dict(orient="records"),
             "device_stages": [] if run.device is None else run.device.to_dict(orient="records"),
+            "work": [] if run.work is None else run.work.stages().reset_index().to_dict(orient="records"),
             "total_ms": run.stages()["host_ms"].sum(),
             "latency": asdict(run.latency()),
             "overhead": run.overhead(),

@@ -185,6 +185,20 @@ def test_a_run_answers(run):
     assert json.loads(json.dumps(said, allow_nan=False))["what_if"]["analytic"] is True
 
 
+def test_the_report_of_a_trace_says_what_was_counted(run):
+    from profkit import text
+
+    saved = profkit.load(run.path)
+    saved.ceilings = None
+    # 286,208 of the tower, 16,384 of the projector, 261,120 and 133,120 of the decoder, 31,680 of the head.
+    assert any(part.startswith("work: 0.0007285 GFLOP") for part in text.report(saved) if isinstance(part, str))
+    saved.ceilings = ceilings()
+    assert any("floor of TTFT" in part for part in text.report(saved) if isinstance(part, str))
+    assert {row["stage"] for row in text.as_dict(saved)["work"]} >= {"vision", "decode"}
+    saved.work = None
+    assert not any("floor of TTFT" in part for part in text.report(saved) if isinstance(part, str))
+
+
 def command(*arguments):
     return CliRunner().invoke(cli, ["roofline", *arguments], env={"COLUMNS": "160"})
 
