@@ -20,6 +20,7 @@ import pandas as pd
 
 from profkit import annotate, ceilings, corrections, device_tables, roofline, stages, stats, tables, tensorboard
 from profkit.anatomy import Anatomy
+from profkit.ceilings import Ceilings
 from profkit.errors import InputError, ProfkitError
 from profkit.ledger import Marks, Scope
 from profkit.spans import Spans
@@ -64,7 +65,7 @@ class Run:
     timeline: pd.DataFrame | None = None
     work: Work | None = None
     """What generate() had to do, where it was counted (see work.Work)."""
-    ceilings: ceilings.Ceilings | None = None
+    ceilings: Ceilings | None = None
     """What the machine can do, where it was measured (see ceilings.Ceilings)."""
     trace_json: bytes | None = None
     path: Path | None = None
@@ -148,7 +149,7 @@ class Run:
             raise InputError("The work of this run was not counted: trace it again, without --no-work.")
         return self.work
 
-    def roofline(self, known: ceilings.Ceilings | None = None) -> roofline.Roofline:
+    def roofline(self, known: Ceilings | None = None) -> roofline.Roofline:
         """Return how far each stage and step is from the limit, with these ceilings or those that the run holds.
 
         Raises InputError for a run whose work was not counted, or without ceilings.
