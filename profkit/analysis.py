@@ -14,12 +14,12 @@ import pandas as pd
 
 from profkit import chrome, device_tables, foreign, trust
 from profkit.attribution import Owners, Why
+from profkit.directories import write_directory
 from profkit.errors import InputError
 from profkit.events import DEVICE, HOST, Kind
 from profkit.graphs import Capture, explained
 from profkit.nesting import Forest, nest
 from profkit.occupancy import Occupancy, occupancy
-from profkit.run import write_directory
 
 MS = 1e6
 COLLECTIVE = re.compile(r"(?i)nccl|rccl")

@@ -10,8 +10,9 @@ from torch import nn
 
 from profkit.ledger import Ledger
 
-DEEP = 6
-"""How far into a cache object tensors are looked for: cache, list of layers, layer, list of states, tensor."""
+DEEP = 8
+"""How far into a cache object tensors are looked for: pair of caches, cache, list of layers, layer, list of states,
+each with its dictionary in between."""
 
 
 class CacheWatch:
@@ -50,6 +51,11 @@ def bytes_of(cache: Any) -> int:
     """Return the bytes of the distinct tensors that a cache object holds."""
     storages = {one.untyped_storage().data_ptr(): one.nbytes for one in _tensors(cache, DEEP)}
     return sum(storages.values())
+
+
+def tensors_of(cache: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a cache object holds."""
+    return _tensors(cache, DEEP)
 
 
 def _tensors(value: Any, depth: int) -> Iterator[torch.Tensor]:

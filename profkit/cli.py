@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from profkit import __version__, checks, cli_reading, cli_view, jobs, text
+from profkit import __version__, checks, cli_reading, cli_roofline, cli_view, jobs, text
 from profkit.command import Command, model_options, quiet_libraries
 from profkit.errors import InputError, InterruptedRunError, MeasurementError
 from profkit.options import new_directory, rank_here
@@ -34,7 +34,7 @@ def cli() -> None:
     """Where does a multimodal model's generate() spend its time?"""
 
 
-for command in (cli_reading.analyze, cli_reading.compare, cli_reading.report, cli_view.view):
+for command in (cli_reading.analyze, cli_reading.compare, cli_reading.report, cli_roofline.roofline, cli_view.view):
     cli.add_command(command)
 
 
@@ -50,6 +50,8 @@ for command in (cli_reading.analyze, cli_reading.compare, cli_reading.report, cl
 @click.option("--profile/--no-profile", default=True, help="A pass inside torch.profiler.")
 @click.option("--profile-steps", default="0-4", help="Steps that this pass records; 0 is the prefill.")
 @click.option("--trace-budget", default="50MB", help="What the compressed trace may take; later steps are left out.")
+@click.option("--energy", is_flag=True, help="Also measure joules by stage, afterwards, where a counter can be read.")
+@click.option("--work/--no-work", default=True, help="Count FLOPs and bytes, after everything that is timed.")
 @click.option("--seed", type=int, default=0, help="Random state of every pass.")
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory.  [default: traces/<model>-<time>]")
 @click.option("--force", is_flag=True, help="Replace the run in --out.")

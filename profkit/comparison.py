@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from profkit import run as runs
-from profkit import stages, stats, tables
+from profkit import stages, stats, tables, work_comparison
 from profkit.errors import InputError
 from profkit.sample_runs import SampleRun, Saved, load_any
 
@@ -41,6 +41,8 @@ class Measured:
     work: pd.DataFrame
     ids: list[str] | None
     contents: list[str] = field(default_factory=list)
+    counted: dict[str, float] = field(default_factory=dict)
+    """FLOPs, bytes and how far from the limit, where a run has them: see work_comparison.figures_of()."""
 
     @property
     def failed(self) -> list[str]:
@@ -106,7 +108,7 @@ def of_run(run: runs.Run) -> Measured:
     # Repeats that were made in turn with another run's are pairs with them.
     ids = [f"{together} {number}" for number in range(len(times))] if together else None
     name = str(run.manifest.get("model") or run.anatomy.model_class)
-    return Measured(name, run.manifest, _present(times), rows, ids)
+    return Measured(name, run.manifest, _present(times), rows, ids, counted=work_comparison.figures_of(run))
 
 
 def of_samples(run: SampleRun) -> Measured:

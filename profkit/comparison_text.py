@@ -9,9 +9,9 @@ import pandas as pd
 from rich.markup import escape
 from rich.table import Table
 
-from profkit import stages
+from profkit import stages, work_comparison
 from profkit.comparison import Measured, compare, gap, unlike
-from profkit.run import plain
+from profkit.directories import plain
 
 
 def report(base: Measured, others: Sequence[Measured]) -> Iterator[Table | str]:
@@ -19,6 +19,7 @@ def report(base: Measured, others: Sequence[Measured]) -> Iterator[Table | str]:
     for other in others:
         yield f"[bold]{escape(other.name)}[/bold] over [bold]{escape(base.name)}[/bold]"
         yield _table(compare(base, other))
+        yield from _counted(work_comparison.side_by_side(base.counted, other.counted))
         yield f"[bold]{escape(gap(base, other).sentence(base.name, other.name))}[/bold]"
         for one in (base, other):
             if one.failed:
@@ -47,6 +48,18 @@ def _table(rows: pd.DataFrame) -> Table:
     return table
 
 
+def _counted(rows: pd.DataFrame) -> Iterator[Table]:
+    """Yield the table of work and limits, if both runs have them."""
+    if len(rows):
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("work, and how far from the limit")
+        for name in ("first", "second", "ratio"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for what, row in rows.iterrows():
+            table.add_row(escape(str(what)), *(f"{row[one]:.4g}" for one in ("base", "other", "ratio")))
+        yield table
+
+
 def _number(value: float) -> str:
     return "–" if pd.isna(value) else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
@@ -64,6 +77,9 @@ def as_dict(base: Measured, others: Sequence[Measured]) -> dict[str, Any]:
                 {
                     "other": other.name,
                     "rows": compare(base, other).reset_index().to_dict(orient="records"),
+                    "work": work_comparison.side_by_side(base.counted, other.counted)
+                    .reset_index()
+                    .to_dict(orient="records"),
                     "gap": {"total_ms": split.total_ms, "output_length_ms": split.output_length_ms},
                     "sentence": split.sentence(base.name, other.name),
                     "not_alike": unlike(base, other),

@@ -101,10 +101,18 @@ def hashes(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the device as its maker calls it, the processor's kind for the CPU."""
+    """Return the device as its maker calls it, the processor's model or kind for the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine() if device.type == "cpu" else str(device)
+    return _processor() if device.type == "cpu" else str(device)
+
+
+def _processor() -> str:
+    """Return the processor's model where Linux tells it, else its kind."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(one for one in lines if one.startswith("model name")).partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def machine_now(device: torch.device | None = None) -> dict[str, float]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from profkit.sample_lists import Item
     from profkit.sample_runs import SampleRun
     from profkit.samples import Reading, Sample
+    from profkit.work import Work
 
 Options = dict[str, Any]
 """The options of a command as click gives them; see command.model_options."""
@@ -43,7 +44,7 @@ def measure(name: str, inputs: Sequence[str], out: Path | None, options: Options
         scalars.require()
     loaded = _load(name, options, progress)
     sample = _sample(loaded, inputs, options)
-    chosen = {key: options[key] for key in ("profile", "warmup", "repeat", "granularity", "seed")}
+    chosen = {key: options[key] for key in ("profile", "warmup", "repeat", "granularity", "seed", "work", "energy")}
     result = _traced(
         name, loaded, sample, options, progress, profile_steps=steps, trace_budget_bytes=budget_bytes, **chosen
     )
@@ -68,7 +69,9 @@ def verify(name: str, inputs: Sequence[str], out: Path | None, options: Options,
     loaded = _load(name, options, progress)
     sample = _sample(loaded, inputs, options)
     given = passes.prepared(sample) if sample else loaded.generate_kwargs or {}
-    result = _traced(name, loaded, sample, options, progress, **{key: options[key] for key in ("repeat", "seed")})
+    result = _traced(
+        name, loaded, sample, options, progress, work=False, **{key: options[key] for key in ("repeat", "seed")}
+    )
     kwargs = {**given, **_generate_options(loaded, options)}
     verification.verify(loaded.model, kwargs, result, options["repeat"], progress)
     result.save(target, options["force"])
@@ -79,10 +82,10 @@ def _target(name: str, out: Path | None, options: Options, progress: Report) -> 
     """Return where the run goes, which is asked before anything is loaded."""
     quiet_libraries()
     progress("importing torch and transformers")
-    from profkit import run
+    from profkit import directories
 
     target = out or new_directory(name)
-    run.check_target(target, options["force"])
+    directories.check_target(target, options["force"])
     return target
 
 
@@ -154,6 +157,30 @@ def inspect(
         progress("trying what the model can do")
         abilities = [asdict(one) for one in capabilities.measure(loaded.model, found, kwargs)]
     return found, inspection.part_table(loaded.model, found), abilities
+
+
+def count(name: str, inputs: Sequence[str], options: Options, progress: Report) -> tuple[Work, str]:
+    """Count a model's work without running it, nor reading its weights; return it, and the model's dtype."""
+    import torch
+
+    from profkit import fakes, models, passes, structure, workload
+
+    progress(f"making {name} without weights")
+    dtype, remote = models.DTYPES.get(options["dtype"]), options["trust_remote_code"]
+    # A function of the user's own makes its model itself.
+    made = options["weights"] != "real" and ":" not in name
+    device, weights = (torch.device("meta"), "random") if made else (torch.device("cpu"), options["weights"])
+    loaded = models.load_model(name, device, dtype, weights, remote)
+    if made:
+        loaded.model = fakes.without_weights(loaded.model)
+    sample = _sample(loaded, inputs, options)
+    given = passes.prepared(sample) if sample else loaded.generate_kwargs or {}
+    kwargs = {**given, **_generate_options(loaded, options)}
+    progress("counting the work")
+    anatomy = structure.find(loaded.model, parse_parts(options["part"]))
+    tokens = options["max_new_tokens"] if loaded.generate_kwargs is None else None
+    found = workload.count(loaded.model, kwargs, anatomy, new_tokens=tokens)
+    return found, str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
 
 
 def _load(name: str, options: Options, progress: Report) -> Loaded:

@@ -179,7 +179,14 @@ def _eventgpt(folder: Path, device: torch.device, dtype: torch.dtype | None) -> 
 
 def _from_pretrained(spec: str, device: torch.device, dtype: torch.dtype | None, **options: Any) -> Loaded:
     config = transformers.AutoConfig.from_pretrained(spec, **options)
-    model = _auto_class(config).from_pretrained(spec, dtype=dtype or "auto", **options)
+    auto_class = _auto_class(config)
+    if device.type == "meta":
+        # Shapes alone: the weights are not read.
+        chosen = {} if dtype is None else {"dtype": dtype}
+        with device:
+            model = auto_class.from_config(config, trust_remote_code=bool(options.get("trust_remote_code")), **chosen)
+    else:
+        model = auto_class.from_pretrained(spec, dtype=dtype or "auto", **options)
     processor, why_not = _processor(spec, options)
     return Loaded(Path(spec).name, model.to(device).eval(), processor, why_no_processor=why_not)
 

@@ -19,12 +19,14 @@ from profkit import (
     arguments,
     attribution,
     capture,
+    directories,
     environment,
     inspection,
     kineto,
     structure,
     trace_file,
     validation,
+    work_pass,
 )
 from profkit import run as runs
 from profkit.anatomy import Anatomy, PartNames
@@ -75,6 +77,8 @@ class Plan:
     profile: bool = True
     profile_steps: frozenset[int] = DEFAULT_STEPS
     trace_budget_bytes: int = 50_000_000
+    work: bool = True
+    energy: bool = False
     seed: int | None = None
     progress: Callable[[str], None] = field(default=lambda what: None, repr=False)
 
@@ -178,9 +182,16 @@ class Tracing:
         notes = [*self.notes, *capture.not_split(self.model, clean[0])]
         result.manifest |= {"faults": self.faults, "notes": notes, "machine": self.machine}
         result.manifest["files_cached"] = self.cached
+        if self.plan.work:
+            self.plan.progress("counting the work")
+            self._reset_random_state()
+            work_pass.add_work(result, self.model, self._prepared, vars(self.plan))
+        if self.plan.energy:
+            self.plan.progress("measuring energy")
+            work_pass.add_energy(result, self.model, self._prepared)
         result.manifest["checks"]["verdicts"] = found = [asdict(one) for one in verdicts(result)]
         if result.trace_json is not None:
-            result.trace_json = annotate.with_checks(result.trace_json, runs.plain(found))
+            result.trace_json = annotate.with_checks(result.trace_json, directories.plain(found))
         return result
 
     def _changed(self, compiled: int) -> list[str]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from html import escape
@@ -18,13 +16,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from profkit import annotate, corrections, device_tables, saved_tables, stages, stats, tables, tensorboard
+from profkit import (
+    annotate,
+    ceilings,
+    corrections,
+    device_tables,
+    roofline,
+    saved_tables,
+    stages,
+    stats,
+    tables,
+    tensorboard,
+)
 from profkit.anatomy import Anatomy
+from profkit.ceilings import Ceilings
+from profkit.directories import SCHEMA, check_schema, plain, write_directory
 from profkit.errors import InputError, ProfkitError
-from profkit.ledger import Marks, Scope
+from profkit.ledger import Scope
 from profkit.spans import Spans
+from profkit.work import Work
 
-SCHEMA = 1
 OF_PROFILE = ("operators", "kernels", "device", "timeline", "trees")
 """Tables of the profiled pass, kept as they were computed."""
 KEPT = (*OF_PROFILE, "memory")
@@ -66,6 +77,10 @@ class Run:
     timeline: pd.DataFrame | None = None
     trees: pd.DataFrame | None = None
     memory: pd.DataFrame | None = None
+    work: Work | None = None
+    """What generate() had to do, where it was counted (see work.Work)."""
+    ceilings: Ceilings | None = None
+    """What the machine can do, where it was measured (see ceilings.Ceilings)."""
     trace_json: bytes | None = None
     path: Path | None = None
     unreadable: list[str] = field(default_factory=list)
@@ -162,6 +177,27 @@ class Run:
         pooled_ms = np.concatenate([tables.token_gaps_ms(spans) for spans in self.clean])
         return tables.latency(shown, first.get("batch") or 1, first.get("new_tokens"), pooled_ms)
 
+    def check_work(self) -> Work:
+        """Return the work of this run. Raises InputError if it was not counted."""
+        if self.work is None:
+            raise InputError("The work of this run was not counted: trace it again, without --no-work.")
+        return self.work
+
+    def roofline(self, known: Ceilings | None = None) -> roofline.Roofline:
+        """Return how far each stage and step is from the limit, with these ceilings or those that the run holds.
+
+        Raises InputError for a run whose work was not counted, or without ceilings.
+        """
+        work, limits = self.check_work(), known or self.ceilings
+        if limits is None:
+            raise InputError(
+                "The ceilings of this run's device are not known: measure them there, by profkit roofline."
+            )
+        call, dtype = (self.manifest.get("calls") or [{}])[0], str(self.manifest.get("dtype"))
+        counts: dict[str, Any] = {"batch": call.get("batch") or 1, "media_tokens": self.manifest.get("media_tokens")}
+        passed: dict[str, Any] = {"spans": self.representative, "latency": self.latency(), "operators": self.operators}
+        return roofline.answers(work, limits, dtype, **passed, **counts)
+
     def overhead(self) -> float:
         """Return clean over control time of generate(), the median of pairs; NaN without controls."""
         clean = [one.generate_ns for one in self.of_kind("clean")]
@@ -240,71 +276,6 @@ def load(path: str | os.PathLike[str]) -> Run:
         raise InputError(f"The run in {folder} is damaged: {type(error).__name__}: {error}.") from error
 
 
-def check_schema(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raise InputError for a run of another schema than this profkit's."""
-    if manifest.get("schema") != SCHEMA:
-        raise InputError(
-            f"{folder} has schema {manifest.get('schema')}, this profkit reads {SCHEMA}: use the profkit that wrote it."
-        )
-
-
-def check_target(path: Path, force: bool) -> None:
-    """Raise InputError if a run cannot be written to `path`; better asked before measuring than after."""
-    if len(os.fsencode(path.name)) > 200:
-        raise InputError(f"The name of {path} is too long for a directory: choose another --out.")
-    if path.exists() and not force:
-        raise InputError(f"{path} already exists: choose another --out, or --force to replace it.")
-    if path.exists() and not (path / "run.json").is_file():
-        raise InputError(f"{path} is not a run directory, so --force will not replace it: choose another --out.")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    try:
-        # Permission bits do not tell: root passes them all, and a read-only file system has its own mind.
-        Path(tempfile.mkdtemp(prefix=".profkit-", dir=parent)).rmdir()
-    except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror} in {parent}; choose another --out.") from error
-
-
-def write_directory(path: Path, fill: Callable[[Path], None], force: bool = False) -> None:
-    """Fill a directory beside `path` and move it there in one step, so that no half of it is ever seen."""
-    check_target(path, force)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror}; choose another --out.") from error
-    try:
-        folder.chmod(0o755)
-        fill(folder)
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-            try:
-                path.rename(old / "run")
-                folder.rename(path)
-            finally:
-                if not path.exists():
-                    (old / "run").rename(path)
-                shutil.rmtree(old)
-        else:
-            folder.rename(path)
-    except OSError as error:
-        raise InputError(f"Cannot write {path}: {error.strerror or error}; choose another --out.") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def plain(value: Any) -> Any:
-    """Return a value as JSON can hold it: NaN becomes null, numpy numbers plain ones."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(one) for one in value]
-    if isinstance(value, np.generic):
-        return plain(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
 def _write(run: Run, folder: Path) -> None:
     scopes = [asdict(scope) for scope in run.scopes[1:]]
     passes = [
@@ -324,7 +295,9 @@ def _write(run: Run, folder: Path) -> None:
         "scopes": scopes,
         "passes": passes,
     }
-    marks = [_marks_frame(number, one.spans) for number, one in enumerate(run.passes) if one.spans is not None]
+    marks = [
+        saved_tables.marks_frame(number, one.spans) for number, one in enumerate(run.passes) if one.spans is not None
+    ]
     if not marks:
         raise InputError(run._no_times())
     _parquet(pd.concat(marks, ignore_index=True), folder / "marks.parquet")
@@ -347,20 +320,17 @@ def _write(run: Run, folder: Path) -> None:
         when_ms = int(run.manifest.get("started_unix_ms", 0))
         text = run.trace_json or gzip.decompress((folder / "trace.json.gz").read_bytes())
         annotate.write(board / f"profkit.{when_ms}.pt.trace.json.gz", tensorboard.plugin_copy(text))
+    if run.work is not None:
+        manifest["work"] = run.work.to_record()
+        _parquet(run.work.table, folder / "work.parquet")
+    if run.ceilings is not None:
+        ceilings.write(run.ceilings, folder / "ceilings.json")
     described = json.dumps(plain(manifest), indent=1, ensure_ascii=False)
     (folder / "run.json").write_text(described + "\n", encoding="utf-8")
 
 
 def _parquet(frame: pd.DataFrame, path: Path) -> None:
     frame.to_parquet(path, index=False, compression="zstd")
-
-
-def _marks_frame(number: int, spans: Spans) -> pd.DataFrame:
-    marks = spans.marks
-    columns = {"code": marks.code, "thread": marks.thread, "host_ns": marks.host_ns}
-    return pd.DataFrame(
-        {"pass": np.int16(number), **columns, "device_ns": marks.device_ns, "note": marks.note},
-    )
 
 
 def _read(folder: Path, manifest: dict[str, Any]) -> Run:
@@ -381,6 +351,11 @@ def _read(folder: Path, manifest: dict[str, Any]) -> Run:
         setattr(run, name, saved_tables.read(folder / f"{name}.parquet", unreadable))
     if run.memory is not None:
         run.memory = run.memory.set_index("stage")
+    record = manifest.pop("work", None)
+    if record is not None and (table := saved_tables.read(folder / "work.parquet", unreadable)) is not None:
+        run.work = Work.from_record(record, table)
+    run.ceilings, damage = ceilings.read(folder / "ceilings.json")
+    unreadable += [damage] if damage else []
     return run
 
 
@@ -390,7 +365,11 @@ def _passes(folder: Path, told: Sequence[Any], scopes: list[Scope], unreadable: 
     def passes(frame: pd.DataFrame | None) -> list[Pass]:
         return [
             Pass(
-                *(one["kind"], one["generate_ns"], None if frame is None else _spans_of(frame, number, scopes)),
+                *(
+                    one["kind"],
+                    one["generate_ns"],
+                    None if frame is None else saved_tables.spans_of(frame, number, scopes),
+                ),
                 tuple(one["steps_recorded"]),
             )
             for number, one in enumerate(told)
@@ -415,11 +394,3 @@ def _passes(folder: Path, told: Sequence[Any], scopes: list[Scope], unreadable: 
 
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _spans_of(frame: pd.DataFrame, number: int, scopes: list[Scope]) -> Spans | None:
-    rows = frame[frame["pass"] == number]
-    if not len(rows):
-        return None
-    columns = [rows[name].to_numpy() for name in ("code", "thread", "host_ns", "device_ns", "note")]
-    return Spans(Marks(*columns), scopes)

@@ -7,11 +7,11 @@ from html import escape
 
 import pandas as pd
 
-from profkit import figures, findings, hierarchy, pace, page, stages, verdict_sections
+from profkit import figures, findings, hierarchy, pace, page, roofline_page, stages, verdict_sections
 from profkit.checks import kept_verdicts
 from profkit.page import MOST_ROWS, Column
 from profkit.run import Run
-from profkit.text import notes
+from profkit.text import MIB, notes
 
 MOST_NODES = 3600
 """Nodes of all trees together, which have equal shares of it: the page shall stay below 6 MB."""
@@ -26,10 +26,12 @@ def sections(run: Run, key: str) -> Iterator[str]:
         ("Worth optimising", _worth(run)),
         ("Stages", _stages(run)),
         ("Steps", _steps(run, key)),
+        ("How far from the limit", roofline_page.section(run, key)),
         ("Layers and modules", _layers(run, key)),
         ("One prefill and one decode step", _timeline(run, key)),
         ("Kernels", _kernels(run)),
         ("Operators", _operators(run)),
+        ("Memory", _memory(run)),
         ("Anatomy", _anatomy(run)),
     ):
         yield page.section(title, parts)
@@ -235,6 +237,17 @@ def _operators(run: Run) -> Iterator[str]:
         "Sums over the recorded steps, whose number stands in each row, in the profiler's time.", "note"
     )
     yield page.table(run.operators, columns, MOST_ROWS, "self_ms")
+
+
+def _memory(run: Run) -> Iterator[str]:
+    if run.memory is None:
+        yield page.paragraph("No memory of a device: the CPU's allocator keeps no statistics.", "note")
+    else:
+        names = {"allocated_before": "before", "allocated_after": "after", "peak": "peak", "reserved_after": "reserved"}
+        columns = [Column("stage", "stage"), *(Column(name, f"{said}, MiB") for name, said in names.items())]
+        yield page.table((run.memory / MIB).reset_index(), columns)
+    if (token := run.cache_bytes_per_token()) is not None:
+        yield page.paragraph(f"The cache takes {token / 1024:.1f} KiB a token.")
 
 
 def _anatomy(run: Run) -> Iterator[str]:

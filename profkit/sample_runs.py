@@ -14,10 +14,11 @@ from typing import Any
 
 import pandas as pd
 
+from profkit import directories, stages, stats
 from profkit import run as runs
-from profkit import stages, stats
+from profkit.directories import plain
 from profkit.errors import InputError
-from profkit.run import Run, plain
+from profkit.run import Run
 
 ROWS, MANIFEST, SCHEMA = "samples.jsonl", "run.json", 1
 KIND = "samples"
@@ -55,7 +56,7 @@ class SampleRun:
         manifest = _manifest(folder)
         if manifest.get("kind") != KIND:
             raise InputError(f"{folder} is a run of one sample, not of many.")
-        runs.check_schema(folder, manifest)
+        directories.check_schema(folder, manifest)
         rows = load_rows(folder)
         if not len(rows) and not partial:
             raise InputError(f"{folder} holds no sample that was measured.")
@@ -135,7 +136,7 @@ def target(path: Path, force: bool) -> Path:
     """Return where a new run goes; with `force`, what a run left there is taken away. Raises InputError if there is
     something else."""
     if force and path.exists():
-        runs.check_target(path, force)
+        directories.check_target(path, force)
         shutil.rmtree(path)
     return path
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.table import Table
 
 from profkit import stages
-from profkit.run import plain
+from profkit.directories import plain
 from profkit.sample_checks import verdicts
 from profkit.sample_runs import SampleRun
 from profkit.text import check_lines, verdicts_as_dict

@@ -16,13 +16,13 @@ from torch import nn
 from profkit import environment, samples, stages, tables
 from profkit.anatomy import PartNames
 from profkit.capture import call_dict
+from profkit.directories import plain
 from profkit.errors import InputError, MeasurementError, ProfkitError
 from profkit.page_cache import are_cached
 from profkit.passes import Plan as Passes
 from profkit.passes import Tracing
 from profkit.plan import Granularity
 from profkit.ranks import ALONE, Ranks
-from profkit.run import plain
 from profkit.sample_lists import Item
 from profkit.sample_runs import SampleRun, drop_half_line, load_rows, merge, rows_file
 from profkit.sample_runs import write_manifest as write

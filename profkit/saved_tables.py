@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from profkit.ledger import Marks, Scope
+from profkit.spans import Spans
 from profkit.tables import Latency
+from profkit.work import QUANTITIES
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ SHAPES = {
     ),
     "timeline": Shape(("step", "row", "lane", "name", "start_ms", "duration_ms"), ("stage", "kind")),
     "memory": Shape(("stage", "peak"), (), ("allocated_before", "allocated_after", "reserved_after")),
+    "work": Shape(("step", "phase", "stage", "path", "counted", *QUANTITIES)),
     "trees": Shape(("clock", "id", "parent", "label", "level", "calls", "total_ms", "self_ms")),
     "stages": Shape(("stage", "host_ms"), (), ("calls", "host_ns", "device_ms", "busy_ms", "share")),
     "steps": Shape(("phase", "host_ms"), (), ("call", "step", "tokens", "device_ms", "iteration_ms")),
@@ -104,3 +109,21 @@ def _latency(told: Mapping[str, Any] | None) -> Latency | None:
         return Latency(**figures)
     except TypeError:
         return None
+
+
+def marks_frame(number: int, spans: Spans) -> pd.DataFrame:
+    """Return the marks of a pass as they are saved, under the pass's number."""
+    marks = spans.marks
+    columns = {"code": marks.code, "thread": marks.thread, "host_ns": marks.host_ns}
+    return pd.DataFrame(
+        {"pass": np.int16(number), **columns, "device_ns": marks.device_ns, "note": marks.note},
+    )
+
+
+def spans_of(frame: pd.DataFrame, number: int, scopes: list[Scope]) -> Spans | None:
+    """Return the spans of a pass from the marks of all; None if it has none."""
+    rows = frame[frame["pass"] == number]
+    if not len(rows):
+        return None
+    columns = [rows[name].to_numpy() for name in ("code", "thread", "host_ns", "device_ns", "note")]
+    return Spans(Marks(*columns), scopes)

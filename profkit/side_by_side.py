@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from profkit import comparison, figures, page, stats
+from profkit import comparison, figures, page, roofline_page, stats
 from profkit.comparison import Measured
 from profkit.errors import InputError
 from profkit.page import Column
@@ -81,10 +81,11 @@ def _pair(base: Measured, other: Measured) -> Iterator[str]:
     yield page.paragraph(comparison.gap(base, other).sentence(base.name, other.name), "answer")
     yield page.table(rows, COLUMNS)
     yield page.paragraph(
-        f"Medians of host time with 95 % bootstrap intervals, of {len(base.times)} and {len(other.times)} "
-        f"{'repeats' if base.ids is None else 'samples or repeats'}; – where there are fewer than three.",
+        f"Medians of host time with 95 % intervals, of {len(base.times)} and {len(other.times)} "
+        f"{'repeats' if base.ids is None else 'samples or repeats'}; – where they are too few to tell.",
         "note",
     )
+    yield from roofline_page.side_by_side(base, other)
     yield page.items([f"not alike: {said}" for said in comparison.unlike(base, other)], "warning")
     failed = [f"{one.name} failed checks: {', '.join(one.failed)}" for one in (base, other) if one.failed]
     yield page.items(failed, "failure")

@@ -14,7 +14,8 @@ from rich.table import Table
 from profkit import stages
 from profkit.anatomy import Anatomy
 from profkit.checks import kept_verdicts
-from profkit.run import Run, plain
+from profkit.directories import plain
+from profkit.run import Run
 from profkit.verdicts import Verdict
 
 
@@ -29,6 +30,7 @@ def report(run: Run, corrected: bool = False) -> Iterator[Table | str]:
     if corrected:
         yield "[dim]corrected ms: ms less what marks cost, as calibrated on modules that do nothing.[/dim]"
     yield latency_line(run)
+    yield from limit_lines(run)
     yield from pace_lines(run)
     yield from memory_lines(run)
     yield from cost_lines(run)
@@ -178,6 +180,18 @@ def latency_line(run: Run) -> str:
     )
 
 
+def limit_lines(run: Run) -> Iterator[str]:
+    """Yield what was counted, and how far TTFT and TPOT are from their floors where the ceilings are known."""
+    if run.work is None:
+        return
+    flops, moved = (float(run.work.total()[name]) for name in ("flops", "bytes"))
+    said = f"work: {flops / 1e9:.4g} GFLOP, at least {moved / 1e6:.4g} MB to move"
+    if run.ceilings is not None:
+        one = run.roofline().latencies
+        said += f"; floor of TTFT {_ms(one.ttft_floor_ms)} ms, of TPOT {_ms(one.tpot_floor_ms)} ms"
+    yield f"{said} [dim](profkit roofline RUN says how far each stage is from its limit)[/dim]"
+
+
 def pace_lines(run: Run) -> Iterator[str]:
     """Yield who sets the pace of each stage, where there is a device."""
     if run.device is None:
@@ -307,6 +321,7 @@ def as_dict(run: Run, corrected: bool = False) -> dict[str, Any]:
             "dtype": run.manifest.get("dtype"),
             "stages": by_stage.reset_index().to_dict(orient="records"),
             "device_stages": [] if run.device is None else run.device.to_dict(orient="records"),
+            "work": [] if run.work is None else run.work.stages().reset_index().to_dict(orient="records"),
             "total_ms": run.stages()["host_ms"].sum(),
             "memory": [] if run.memory is None else run.memory.reset_index().to_dict(orient="records"),
             "cache_bytes_per_token": run.cache_bytes_per_token(),

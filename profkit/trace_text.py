@@ -12,7 +12,7 @@ from rich.table import Table
 
 from profkit.analysis import Analysis
 from profkit.device_tables import ALL, IDLE, OUTSIDE
-from profkit.run import plain
+from profkit.directories import plain
 
 MOST_STEPS = 12
 

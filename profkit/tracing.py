@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from profkit import kineto
-from profkit import run as runs
+from profkit import directories, kineto
 from profkit.anatomy import Anatomy, PartNames
 from profkit.environment import preserved_random_state
 from profkit.errors import InputError
@@ -38,8 +37,10 @@ def trace(
     are added to what it gives to generate(). `plan` may give warmup (1), repeat (6 clean passes, the fewest that tell
     an interval of their median, each beside an uninstrumented control), granularity ("layer"), profile (True: one pass
     inside torch.profiler), profile_steps (the steps it records: 0 to 4), trace_budget_bytes (50 MB: what the
-    compressed trace may take; later steps are left out of it), seed (of every pass; None: the current random state),
-    and progress (called with a sentence as each part begins). The random state is left as it was. `parts` names parts
+    compressed trace may take; later steps are left out of it), work (True: FLOPs and bytes are counted afterwards, see
+    work.Work), energy (False: joules by stage, afterwards, where a counter can be read, see energy_pass.measure), seed
+    (of every pass; None: the current random state), and progress (called with a sentence as each part begins). The
+    random state is left as it was. `parts` names parts
     that are known better than inspect() finds them, `anatomy` all of them.
 
     Raises InputError for a target that cannot be written, AnatomyError for a model that cannot be measured,
@@ -48,7 +49,7 @@ def trace(
     what, model = Plan(**plan), unwrapped(model)
     target = Path(out) if out is not None else None
     if target is not None:
-        runs.check_target(target, force)
+        directories.check_target(target, force)
     if what.profile:
         kineto.refuse_other_profilers()
     if (sample is None) == (generate_kwargs is None):

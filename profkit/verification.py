@@ -12,10 +12,11 @@ from profkit import annotate, arguments
 from profkit.checks import kept_verdicts
 from profkit.decoupled import decoupled
 from profkit.delays import delays
+from profkit.directories import plain
 from profkit.environment import preserved_random_state
 from profkit.invariance import invariance
 from profkit.overhead import overhead_by_stage
-from profkit.run import Run, plain
+from profkit.run import Run
 from profkit.verdicts import Verdict, unsettled
 
 

@@ -67,7 +67,7 @@ def printed(parts: Iterable[Any]) -> str:
 
 def filled(readme: str) -> str:
     """Return the README with each figure block replaced by what the runs give."""
-    shown = ("overhead", "attribution", "comparison", "report")
+    shown = ("overhead", "attribution", "comparison", "report", "work")
     measured = {name: (RESULTS / f"{name}.txt").read_text(encoding="utf-8").rstrip() for name in shown}
     measured["fidelity"] = fidelity()
     figures = [str(RUN.parent / "published" / f"{name}.json") for name in ("eventgpt", "video-llava")]

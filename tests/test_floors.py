@@ -12,20 +12,22 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "profkit"
 
 FLOORS = {
-    1: {"stages", "errors", "stats", "verdicts", "media", "page_cache"},
+    1: {"stages", "errors", "stats", "verdicts", "media", "page_cache", "datasheets"},
     2: {
         *("ledger", "events", "anatomy", "trail", "wrapping", "clock", "environment", "processors"),
-        *("event_streams", "videos", "eventgpt", "page", "options", "encodings", "steadiness"),
-        "arguments",
+        *("event_streams", "videos", "eventgpt", "page", "options", "encodings", "steadiness", "directories"),
+        *("arguments", "formulas", "fakes", "ceilings", "energy"),
     },
     3: {
-        "stopwatches",
-        "cache",
+        *("cache", "stopwatches", "stress", "prompts", "energy_pass"),
         *("spans", "pieces", "nesting", "plan", "structure", "stacks", "language", "models", "samples", "validation"),
         *("sample_lists", "command", "ranks"),
     },
-    4: {"attribution", "audit", "chrome", "phases", "probes", "roles", "annotate"},
-    5: {"memory", "hierarchy", "foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"},
+    4: {"attribution", "audit", "chrome", "phases", "probes", "roles", "annotate", "work"},
+    5: {
+        *("memory", "hierarchy", "foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"),
+        *("lines", "counting"),
+    },
     6: {
         "corrections",
         "device_tables",
@@ -36,14 +38,18 @@ FLOORS = {
         "tensorboard",
         "saved_tables",
         "joint",
+        "workload",
+        "roofline",
     },
     7: {"marking", "run", "inspection", "capabilities", "explanation"},
-    8: {"checks"},
+    8: {"checks", "work_pass", "work_comparison"},
     9: {"analysis", "capture", "sample_runs", "trace_file"},
     10: {
         "sample_checks",
         "saved_checks",
         "text",
+        "figures",
+        "roofline_text",
         "trace_text",
         "passes",
         "comparison",
@@ -54,11 +60,14 @@ FLOORS = {
         "scalars",
         "overhead",
     },
-    11: {"sample_text", "comparison_text", "sampling", "verification", "figures", "tracing", "verdict_sections"},
+    11: {
+        *("sample_text", "comparison_text", "sampling", "verification", "tracing", "verdict_sections"),
+        *("roofline_page",),
+    },
     12: {"run_sections", "sample_sections", "side_by_side", "jobs"},
-    13: {"report"},
+    13: {"report", "limits"},
     14: {"cli_reading", "viewing"},
-    15: {"cli_view"},
+    15: {"cli_view", "cli_roofline"},
     16: {"cli"},
 }
 WITH_TORCH = {
@@ -78,6 +87,7 @@ WITH_TORCH = {
         "stopwatches",
         "memory",
     ),
+    *("formulas", "fakes", "counting", "workload", "stress", "prompts", "work_pass", "energy_pass"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__"))

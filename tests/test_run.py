@@ -10,7 +10,7 @@ import pytest
 from builders import small_llava
 
 import profkit
-from profkit import comparison, sample_runs, sample_text
+from profkit import comparison, directories, sample_runs, sample_text
 from profkit import run as runs
 from profkit.errors import InputError
 
@@ -107,7 +107,7 @@ def test_force_does_not_replace_what_is_no_run(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").touch()
     with pytest.raises(InputError, match="--force will not replace it"):
-        runs.check_target(tmp_path / "thesis", force=True)
+        directories.check_target(tmp_path / "thesis", force=True)
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):
@@ -116,7 +116,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        runs.write_directory(tmp_path / "run", fill)
+        directories.write_directory(tmp_path / "run", fill)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -126,7 +126,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_run(saved):
 
     before = (saved / "run.json").read_text()
     with pytest.raises(InputError, match=r"Cannot write .*: No space left on device"):
-        runs.write_directory(saved, fill, force=True)
+        directories.write_directory(saved, fill, force=True)
     assert (saved / "run.json").read_text() == before
     assert [one.name for one in saved.parent.iterdir()] == ["run"]
 
@@ -134,9 +134,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_run(saved):
 def test_targets_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"Cannot write .*: Not a directory"):
-        runs.check_target(tmp_path / "file" / "run", force=False)
+        directories.check_target(tmp_path / "file" / "run", force=False)
     with pytest.raises(InputError, match="Cannot write /proc/run"):
-        runs.check_target(Path("/proc/run"), force=False)
+        directories.check_target(Path("/proc/run"), force=False)
 
 
 def test_a_run_without_a_clean_pass_says_so():
@@ -148,8 +148,8 @@ def test_a_run_without_a_clean_pass_says_so():
 
 def test_plain_values_are_json():
     frame = pd.DataFrame({"a": [1.5, float("nan")]})
-    assert runs.plain(frame.to_dict(orient="list")) == {"a": [1.5, None]}
-    assert runs.plain({1: (Path("x"), frozenset([2]), float("inf"))}) == {"1": ["x", [2], None]}
+    assert directories.plain(frame.to_dict(orient="list")) == {"a": [1.5, None]}
+    assert directories.plain({1: (Path("x"), frozenset([2]), float("inf"))}) == {"1": ["x", [2], None]}
 
 
 ROW = {"error": "", "rank": 0, "stages_ns": {"decode": 2_000_000}}

@@ -26,7 +26,8 @@ import torch
 
 import profkit
 from profkit import analysis, comparison, decoupled, delays, environment, models, passes, samples, stats, tracing
-from profkit.run import Run, plain
+from profkit.directories import plain
+from profkit.run import Run
 from profkit.verdicts import Verdict
 from tests.gpu.summary import summary
 
