@@ -69,8 +69,13 @@ def write_directory(path: Path, fill: Callable[[Path], None], force: bool = Fals
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def writable(text: str) -> str:
+    r"""Return a text as UTF-8 can hold it: what it cannot, such as a byte of a file's name, becomes like \udc80."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def plain(value: Any) -> Any:
-    """Return a value as JSON can hold it: NaN becomes null, numpy numbers plain ones."""
+    """Return a value as JSON in UTF-8 can hold it: NaN becomes null, numpy numbers plain ones, texts writable()."""
     if isinstance(value, Mapping):
         return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -79,4 +84,6 @@ def plain(value: Any) -> Any:
         return plain(value.item())
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    if isinstance(value, int | float | bool | None):
+        return value
+    return writable(str(value))

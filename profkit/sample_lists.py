@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from profkit import media
+from profkit.directories import writable
 from profkit.errors import InputError
 
 FIELDS = {
@@ -46,7 +47,7 @@ def read_items(path: Path, root: Path | None = None) -> list[Item]:
     """
     if path.is_dir():
         files = sorted(one for one in path.rglob("*") if one.suffix.lower() in media.KIND_OF_SUFFIX)
-        items = [Item(str(one.relative_to(path)), (one,)) for one in files]
+        items = _checked([Item(writable(str(one.relative_to(path))), (one,)) for one in files])
     elif path.suffix.lower() in media.KIND_OF_SUFFIX:
         kind = media.KIND_OF_SUFFIX[path.suffix.lower()]
         raise InputError(
@@ -78,7 +79,7 @@ def _listed(path: Path, root: Path) -> Iterator[Item]:
                         yield _line(line, f"line {number}", root)
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"Cannot read the samples {path}: {' '.join(str(error).split())[:200]}.") from error
 
 
@@ -89,7 +90,7 @@ def _is_given(value: Any) -> bool:
 def _line(line: str, place: str, folder: Path) -> Item:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Item(place, error=f"{place} is not JSON: {error}.")
     return _item(row, place, folder)
 
@@ -98,7 +99,9 @@ def _item(row: Any, place: str, folder: Path) -> Item:
     """Return the sample that a row describes; paths are relative to a folder."""
     if not isinstance(row, Mapping):
         return Item(place, error=f"{place} is no object with fields.")
-    name = _name(row.get("id", place))
+    name = _name(place if row.get("id") is None else row["id"])
+    if strange := [key for key in PROMPTS if row.get(key) is not None and not isinstance(row[key], str)]:
+        return Item(name, error=f"{place}: {strange[0]} must be text, got {type(row[strange[0]]).__name__}.")
     given = {kind: value for kind, names in FIELDS.items() for key in names if (value := row.get(key)) is not None}
     known = ", ".join(names[0] for names in FIELDS.values())
     if not given:
@@ -107,6 +110,8 @@ def _item(row: Any, place: str, folder: Path) -> Item:
         return Item(name, error=f"{place} names files of several kinds ({', '.join(given)}): one a sample.")
     ((kind, value),) = given.items()
     listed = list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
+    if not listed:
+        return Item(name, error=f"{place} names no file: its field of {kind} is empty.")
     if not all(isinstance(one, str) for one in listed):
         return Item(name, error=f"{place}: files must be given as paths, got {type(listed[0]).__name__}.")
     files = tuple(folder / one for one in listed)
@@ -117,7 +122,7 @@ def _item(row: Any, place: str, folder: Path) -> Item:
 
 def _name(value: Any) -> str:
     """Return an id as text; tables with a gap in a column of whole numbers hold 1.0 for 1."""
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+    return writable(str(int(value) if isinstance(value, float) and value.is_integer() else value))
 
 
 def _is_file(path: Path) -> bool:

@@ -91,6 +91,24 @@ def test_odd_values_are_the_error_of_their_line_alone(folder):
         assert words in item.error
 
 
+def test_names_and_lines_that_nobody_expects(folder):
+    rows = ['{"id": "s", "image": "x\\ud800.jpg"}', '{"id": "c\\ud800", "image": "0.jpg"}', "[" * 100_000]
+    rows += [{"id": "none", "image": []}, {"id": None, "image": "0.jpg"}, {"id": "p", "image": "0.jpg", "prompt": 5}]
+    items = read_items(write_list(folder, rows))
+    said = ("there is no file", "", "is not JSON", "its field of images is empty", "", "prompt must be text, got int")
+    for item, words in zip(items, said, strict=True):
+        assert words in item.error and bool(words) == bool(item.error)
+    assert [item.id for item in items] == ["s", "c\\ud800", "line 3", "none", "line 5", "p"]
+    found = run(folder, items)
+    assert found.good["id"].tolist() == ["c\\ud800", "line 5"] and len(found.bad) == 4
+
+
+def test_a_file_whose_name_is_no_text(folder):
+    (folder / "0.jpg").rename(folder / os.fsdecode(b"caf\xe9.jpg"))
+    found = run(folder, read_items(folder))
+    assert "caf\\udce9.jpg" in found.good["id"].tolist() and len(found.good) == 6
+
+
 def test_ids_made_up_for_duplicates_are_no_other_samples(folder):
     for ids in (["ok (2)", "ok", "ok"], ["ok", "ok", "ok (2)"]):
         items = read_items(write_list(folder, [{"id": one, "image": "0.jpg"} for one in ids]))
