@@ -19,12 +19,13 @@ class CacheWatch:
     """Notes, after each pass of a decoder, the bytes of the cache that it was given or gave back.
 
     `bytes_by_step` stays empty for models without one. Nothing waits for the device: sizes are known on the host.
-    `memory_by_step` holds the bytes allocated on an accelerator then.
+    `memory_by_step` holds the bytes allocated on an accelerator then; `rows` is of how many sequences, beams counted.
     """
 
     def __init__(self, ledger: Ledger) -> None:
         self.bytes_by_step: list[int] = []
         self.memory_by_step: list[int] = []
+        self.rows: int | None = None
         self._ledger = ledger
 
     def note(self, given: Mapping[str, Any], output: Any) -> None:
@@ -41,6 +42,7 @@ class CacheWatch:
             cache = returned if returned is not None else given
             if cache is not None:
                 self.bytes_by_step.append(bytes_of(cache))
+                self.rows = next((int(one.shape[0]) for one in _tensors(cache, DEEP) if one.dim() == 4), None)
             if torch.accelerator.is_available() and hasattr(torch.accelerator, "memory_allocated"):
                 self.memory_by_step.append(int(torch.accelerator.memory_allocated()))
         except Exception as error:

@@ -33,10 +33,11 @@ def verdicts(run: Run) -> list[Verdict]:
 
 def kept_verdicts(run: Run) -> list[Verdict]:
     """Return the verdicts of a run, as they were when it was made if it kept them."""
-    kept = run.manifest.get("checks", {}).get("verdicts")
-    if kept is None:
+    try:
+        return [_read(one) for one in run.manifest["checks"]["verdicts"]]
+    except (KeyError, TypeError):
+        # None were kept, or they are damaged.
         return verdicts(run)
-    return [_read(one) for one in kept]
 
 
 def _read(kept: Mapping[str, Any]) -> Verdict:

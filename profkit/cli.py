@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from profkit.verdicts import Verdict
 
 DEFAULT_MODEL = "tiny-llava"
-OF_ONE_SAMPLE = ("repeat", "profile", "profile_steps", "trace_budget", "corrected")
+OF_ONE_SAMPLE = ("repeat", "profile", "profile_steps", "trace_budget", "corrected", "work", "energy")
+OF_MANY = ("media_root", "limit", "resume", "fail_fast")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -90,12 +91,10 @@ def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_js
     if options["listed"]:
         if inputs:
             raise InputError("--samples names the inputs: leave INPUTS out.")
-        context = click.get_current_context()
-        for option in OF_ONE_SAMPLE:
-            if context.get_parameter_source(option) is ParameterSource.COMMANDLINE:
-                raise InputError(f"--{option.replace('_', '-')} is for a single sample: leave it out with --samples.")
+        _refuse(OF_ONE_SAMPLE, "is for a single sample: leave it out with --samples")
         _trace_samples(name, out, as_json, options)
         return
+    _refuse(OF_MANY, "is for many samples: give them by --samples")
     if rank_here() is not None:
         raise InputError("Several ranks share a list of samples: give --samples, or run without torchrun.")
     with Console(stderr=True).status("starting") as status:
@@ -106,6 +105,14 @@ def trace(arguments: tuple[str, ...], model: str | None, out: Path | None, as_js
         _print_report(run, options["corrected"])
     if options["strict"]:
         _be_strict(checks.failed(run))
+
+
+def _refuse(options: Sequence[str], why: str) -> None:
+    """Raise InputError for the first of these options that was given."""
+    context = click.get_current_context()
+    for option in options:
+        if context.get_parameter_source(option) is ParameterSource.COMMANDLINE:
+            raise InputError(f"--{option.replace('_', '-')} {why}.")
 
 
 def _be_strict(failed: Sequence[Verdict]) -> None:

@@ -103,17 +103,17 @@ def compare(paths: tuple[Path, ...], conditions: tuple[str, ...], as_json: bool,
 
     if len(paths) < 2:
         raise InputError("compare takes two runs or more.")
-    base, *others = map(comparison.read, paths)
+    base, *others = comparison.told_apart([comparison.read(path) for path in paths])
     if as_json:
         click.echo(json.dumps(comparison_text.as_dict(base, others), indent=1, allow_nan=False))
     else:
         console = Console(highlight=False)
         for part in comparison_text.report(base, others):
             console.print(part)
-    tables = {other.name: comparison.compare(base, other) for other in others}
+    tables = [(other.name, comparison.compare(base, other)) for other in others]
     failed = [
         f"{name}: {said}" if len(others) > 1 else said
-        for name, table in tables.items()
+        for name, table in tables
         for condition in conditions
         if (said := comparison.gate(condition, table))
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,13 @@ def read(path: Path) -> Measured:
         ) from error
 
 
+def told_apart(measured: Sequence[Measured]) -> list[Measured]:
+    """Return runs with names of their own: those of one name get numbers."""
+    if len({one.name for one in measured}) == len(measured):
+        return list(measured)
+    return [replace(one, name=f"{number}: {one.name}") for number, one in enumerate(measured, start=1)]
+
+
 def of_figures(told: Mapping[str, Any]) -> Measured:
     """Return published figures as one row: name, stages_ms (ms by stage), unsplit_ms (what nobody split), new_tokens.
 
@@ -84,6 +91,9 @@ def of_figures(told: Mapping[str, Any]) -> Measured:
         raise InputError(
             f"{told['name']}: there are no stages {', '.join(strange)}; they are {', '.join(stages.NAMES)}."
         )
+    numbers = [*told.get("stages_ms", {}).values(), told["unsplit_ms"], told["new_tokens"]]
+    if not all(isinstance(one, int | float) and 0 <= one < float("inf") for one in numbers) or not told["new_tokens"]:
+        raise ValueError("its times must be numbers of ms, not negative, and new_tokens more than none")
     times = pd.DataFrame([{**told.get("stages_ms", {}), "other": float(told["unsplit_ms"])}], dtype=float)
     work = pd.DataFrame([{"new_tokens": float(told["new_tokens"])}]).reindex(columns=list(WORK))
     about = {"device_name": told.get("device"), "published": told.get("source", "")}

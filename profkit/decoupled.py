@@ -22,7 +22,7 @@ from profkit.environment import device_of, synchronize
 from profkit.plan import methods
 from profkit.probes import sequences
 from profkit.run import Run
-from profkit.verdicts import Verdict, known, within
+from profkit.verdicts import Verdict, between, known, within
 from profkit.wrapping import Wrappers
 
 ALLOWED, REPEATS, SHARE = 0.03, 15, 0.20
@@ -164,7 +164,7 @@ def _held(name: str, pairs: Sequence[tuple[float, float]], said: str, binding: b
     ratios = torch.tensor([one / other for one, other in pairs], dtype=torch.float64).numpy()
     off = stats.median(ratios) - 1
     low, high = (edge - 1 for edge in stats.median_interval(ratios))
-    said = f"{said}: {attributed:.2f} ms and {true:.2f} ms, {off:+.1%} (95 % interval {low:+.1%} to {high:+.1%})"
+    said = f"{said}: {attributed:.2f} ms and {true:.2f} ms, {off:+.1%} ({between((low, high))})"
     found = within(f"decoupled truth: {name}", off, (low, high), ALLOWED, "", said)
     return found if binding else known(found.check, found.measured, "", said)
 

@@ -21,7 +21,7 @@ from profkit.environment import device_of
 from profkit.ledger import NO_TIME
 from profkit.spans import Spans
 from profkit.stopwatches import Stopwatch, stopwatch_for
-from profkit.verdicts import Verdict, bounded, known, within
+from profkit.verdicts import Verdict, between, bounded, known, within
 from profkit.wrapping import Wrappers
 
 RECOVERED, RECOVERED_MS, LEAKED = 0.02, 0.05, 0.01
@@ -171,7 +171,7 @@ def _one(
     worst = int(np.abs(middle).argmax())
     low, high = stats.median_interval(changed.iloc[:, worst].to_numpy())
     said = f"the largest change elsewhere, {_named(changed.columns, middle, worst)}: {middle[worst]:+.2f} ms"
-    said += f" (95 % interval {low:+.2f} to {high:+.2f} ms)"
+    said += f" ({between((low, high), '+.2f', ' ms')})"
     share = middle[worst] / truth
     yield within(f"delay: {name}, elsewhere", share, (low / truth, high / truth), LEAKED, "", said)
 

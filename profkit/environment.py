@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+MOST_READINGS, ENOUGH_STEPS = 1_000_000, 50
 SENSORS = (
     ("temperature_c", "class/thermal/thermal_zone*/temp", 1e-3),
     ("throttled", "devices/system/cpu/cpu*/thermal_throttle/core_throttle_count", 1),
@@ -140,6 +141,19 @@ def machine_now(device: torch.device | None = None) -> dict[str, float]:
         with suppress(Exception):
             found |= {"device_mhz": torch.cuda.clock_rate(device), "device_c": torch.cuda.temperature(device)}
     return found
+
+
+def clock_step_ns(now: Callable[[], int] = time.perf_counter_ns) -> int:
+    """Return the smallest step that a clock is seen to make, in ns: what it tells apart, whatever it claims."""
+    steps, before = [], now()
+    for _ in range(MOST_READINGS):
+        after = now()
+        if after != before:
+            steps.append(after - before)
+            before = after
+        if len(steps) == ENOUGH_STEPS:
+            break
+    return min(steps, default=0)
 
 
 def modules_of(model: nn.Module) -> dict[str, int]:

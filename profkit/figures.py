@@ -181,7 +181,9 @@ def icicle(trees: Mapping[str, pd.DataFrame]) -> go.Figure:
     for number, tree in enumerate(trees.values()):
         names = [label(str(one)) for one in tree["label"]]
         tops = tree[tree["parent"] < 0]
-        own = np.stack([tree["self_ms"], tree["calls"]], axis=1)
+        # What groups scopes is called by nobody.
+        called = [f", calls {one}" if one else "" for one in tree["calls"].astype(int)]
+        own = [*zip(tree["self_ms"].round(6).tolist(), called, strict=True)]
         fig.add_trace(
             go.Icicle(
                 # Without a root of its own, plotly leaves a column for one empty.
@@ -191,12 +193,12 @@ def icicle(trees: Mapping[str, pd.DataFrame]) -> go.Figure:
                 hovertext=["all", *names],
                 values=np.append(tops["total_ms"].sum(), tree["total_ms"]),
                 # As lists: the page reads rows of two, which plotly would pack into bytes.
-                customdata=[[0.0, 0.0], *own.round(6).tolist()],
+                customdata=[[0.0, ""], *map(list, own)],
                 branchvalues="total",
                 maxdepth=12,
                 marker={"colors": [OTHER_COLOUR, *(colour_of(name) for name in _stage_of(tree))]},
-                hovertemplate="%{hovertext}<br>total %{value:.3f} ms, own %{customdata[0]:.3f} ms, "
-                "calls %{customdata[1]:.0f}<br>%{percentRoot:.1%} of all<extra></extra>",
+                hovertemplate="%{hovertext}<br>total %{value:.3f} ms, own %{customdata[0]:.3f} ms"
+                "%{customdata[1]}<br>%{percentRoot:.1%} of all<extra></extra>",
                 visible=number == 0,
             )
         )

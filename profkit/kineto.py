@@ -20,6 +20,7 @@ from profkit.errors import InputError, MeasurementError
 from profkit.events import DEVICE, NOTHING, Events, Kind, kind_of
 
 Marker = Callable[[int], int]
+MEMORY = "[memory]"
 BLOCK = 1024
 """Events that are read at once."""
 
@@ -28,17 +29,18 @@ class Session:
     """Profiles the steps in `wanted` of one generate(); a context to be entered before it.
 
     `wrap` goes around the ledger's marker and opens a range for every scope; `on_iteration` switches
-    collection on and off as steps begin, so that the profile does not grow with the output.
+    collection on and off as steps begin, so that the profile does not grow with the output. `memory` records
+    allocations too.
     """
 
-    def __init__(self, wanted: frozenset[int], device: torch.device, ranges: bool = True) -> None:
+    def __init__(self, wanted: frozenset[int], device: torch.device, ranges: bool = True, memory: bool = False) -> None:
         self._wanted = wanted
         self._device = device
         self._ranges = ranges
         self._activities = [ProfilerActivity.CPU]
         if device.type != "cpu":
             self._activities.append(_activity_of(device))
-        self._profile = profile(activities=self._activities)
+        self._profile = profile(activities=self._activities, profile_memory=memory)
         self._collecting = True
         self._open: list[tuple[int, Any]] = []
 
@@ -94,6 +96,18 @@ class Session:
         """Return the profile as columns, from the profiler's raw results."""
         assert self._profile.profiler is not None
         return events_of(self._profile.profiler.kineto_results, on_device=len(self._activities) > 1)
+
+    def allocations(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return when memory of the device was taken, or given back, on the profiler's clock in ns, and the bytes."""
+        profiler: Any = self._profile.profiler
+        kind = f"DeviceType.{self._device.type.upper()}"
+        found = [
+            (one.start_ns(), one.nbytes())
+            for one in profiler.kineto_results.events()
+            if one.name() == MEMORY and str(one.device_type()) == kind
+        ]
+        when_ns, change = np.array(found, dtype=np.int64).reshape(-1, 2).T
+        return when_ns, change
 
     def export(self) -> bytes:
         """Return the profile as the text of a Chrome trace."""

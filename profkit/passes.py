@@ -23,6 +23,7 @@ from profkit import (
     environment,
     inspection,
     kineto,
+    memory,
     structure,
     trace_file,
     validation,
@@ -38,7 +39,7 @@ from profkit.errors import InputError, MeasurementError, ProfkitError
 from profkit.explanation import explain
 from profkit.ledger import Ledger, Scope, Scopes
 from profkit.marking import calibrated
-from profkit.memory import MemoryClock, allocators_of
+from profkit.memory import allocators_of
 from profkit.page_cache import are_cached
 from profkit.plan import GRANULARITIES, Granularity, Place, places
 from profkit.probes import Call, Instrument, sequences
@@ -141,7 +142,7 @@ class Tracing:
             self.plan.progress(f"warm-up {number + 1} of {self.plan.warmup}")
             self.control()
         self.modules, self.graphs = environment.modules_of(self.model), environment.graphs_compiled()
-        clock_ns = time.get_clock_info("perf_counter").resolution * 1e9
+        clock_ns = environment.clock_step_ns()
         self.machine = {"cores": os.cpu_count(), "clock_ns": clock_ns, "mark_cost": asdict(calibrated(self.clock))}
         self.machine["before"] = environment.machine_now(self.device)
         # Whoever looked for the parts or warmed up has read them.
@@ -170,8 +171,8 @@ class Tracing:
             self.scopes.list,
             passes,
         )
-        result.memory = self.memory()
         if self.plan.profile:
+            result.memory = self.memory()
             self.profiled(result)
         checks |= {"same_tokens": self.same_tokens(), "same_by_itself": _all_equal(self.tokens["control"])}
         # Behind the profiled pass, whose modules must be the same too; what that compiles is its own affair.
@@ -242,12 +243,16 @@ class Tracing:
         if not allocators:
             return None
         self.plan.progress("memory")
-        ledger, clock = Ledger(self.scopes), MemoryClock(allocators)
-        try:
-            self._instrumented(ledger, Instrument(self.model, self.anatomy, ledger, "stage", clock), "memory")
-        finally:
-            clock.restore()
-        return clock.table(ledger)
+        ledger, clock = Ledger(self.scopes), memory.MemoryClock(allocators)
+        session = kineto.Session(self.plan.profile_steps, self.device, memory=True)
+        instrument = Instrument(
+            *(self.model, self.anatomy, ledger, "stage", clock, session.wrap, session.on_iteration),
+        )
+        with session:
+            self._instrumented(ledger, instrument, "memory")
+        spans = attribution.aligned(Spans(ledger.marks(), self.scopes.list), session.events())
+        known = sorted(self.plan.profile_steps & set(range(len(spans.steps))))
+        return memory.measured(session, spans, runs.recorded(spans, known), clock.by_mark(ledger))
 
     def profiled(self, result: Run) -> None:
         """generate() with probes inside torch.profiler; adds operators, trace and checks to the run."""
@@ -277,7 +282,7 @@ class Tracing:
         found = explain(profile_clock, events, within)
         result.operators, result.kernels, result.device = found.operators, found.kernels, found.device
         result.timeline, result.trees = found.timeline, found.trees
-        result.manifest["cache_bytes"] = watch.bytes_by_step
+        result.manifest["cache_bytes"], result.manifest["cache_rows"] = watch.bytes_by_step, watch.rows
         file = trace_file.written(
             *(session.export(), profile_clock, events, found, known, self.plan.trace_budget_bytes),
             {"model": self.anatomy.model_class},

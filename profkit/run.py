@@ -233,7 +233,7 @@ class Run:
         tokens = np.cumsum(self.steps()["tokens"].to_numpy()[: len(sizes)])
         call = (self.manifest.get("calls") or [{}])[0]
         grown = (sizes[-1] - sizes[0]) / (tokens[-1] - tokens[0]) if len(tokens) > 1 and tokens[-1] > tokens[0] else 0
-        return grown / (call.get("batch") or 1) if grown > 0 else None
+        return grown / (self.manifest.get("cache_rows") or call.get("batch") or 1) if grown > 0 else None
 
     def breakdown(self) -> pd.DataFrame:
         """Return stages() and spread() side by side, with the number of the classic stage (1 to 4)."""

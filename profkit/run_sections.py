@@ -42,8 +42,9 @@ def _answer(run: Run, key: str) -> Iterator[str]:
     yield page.figure(figures.stage_bars(figures.of_clocks(run)), f"{key}-stages")
     if run.clean:
         spread = run.spread().loc["total"]
+        many = f"{len(run.clean)} clean pass{'es' if len(run.clean) > 1 else ''}"
         yield page.paragraph(
-            f"Over {len(run.clean)} clean passes, host clock: median {spread['median_ms']:.2f} ms, "
+            f"Over {many}, host clock: median {spread['median_ms']:.2f} ms, "
             f"p10 {spread['p10_ms']:.2f}, p90 {spread['p90_ms']:.2f}; the bar is the pass of median total.",
             "note",
         )
@@ -75,8 +76,15 @@ def _stages(run: Run) -> Iterator[str]:
         f"ms; median, p10 and p90 are each row's own over {passes}.",
         "note",
     )
+    if table["busy_ms"].notna().any():
+        yield page.paragraph(
+            "Busy times are of the profiled pass, which the profiler slowed: those of a recorded step, times the steps "
+            "of the clean pass.",
+            "note",
+        )
     if table["device_ms"].isna().all():
-        yield page.paragraph("No device: there are no times on a device's clock, and no busy times.", "note")
+        what = "times on a device's clock" + ", and no busy times" * bool(table["busy_ms"].isna().all())
+        yield page.paragraph(f"No device: there are no {what}.", "note")
     dilation = run.dilation().rename_axis("stage").reset_index()
     if len(dilation):
         shown = [
@@ -221,6 +229,7 @@ def _kernels(run: Run) -> Iterator[str]:
             ["device", "stage", "busy_ms", "sum_ms", "idle_ms", "launches_per_step", "verdict", "evidence"]
         ]
         yield "<h3>Who sets the pace</h3>"
+        paces = paces.assign(device=[f"device {one}" for one in paces["device"]])
         yield page.table(paces, [Column(name, name.replace("_", " ")) for name in paces])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,12 @@ class Item:
     error: str = ""
     media: str = ""
     """What the list says the files are (images, videos, events); "" leaves it to their names."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells this sample from another one of the same id: a hash of its files' places and its prompt."""
+        told = "\0".join([*(str(one.absolute()) for one in self.files), self.prompt or ""])
+        return hashlib.sha256(writable(told).encode()).hexdigest()
 
 
 def read_items(path: Path, root: Path | None = None) -> list[Item]:

@@ -138,6 +138,8 @@ def target(path: Path, force: bool) -> Path:
     if force and path.exists():
         directories.check_target(path, force)
         shutil.rmtree(path)
+    if not path.exists():
+        directories.check_target(path, force)
     return path
 
 

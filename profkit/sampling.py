@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -70,7 +70,7 @@ def measure(
     if another rank ended early: the rows are there, and `resume` goes on with the samples that have none.
     """
     manifest = {**manifest, "listed": len(items), "ranks": ranks.world}
-    done = ranks.first(lambda: _opened(out, plan, manifest, {item.id for item in items}))
+    done = ranks.first(lambda: _opened(out, plan, manifest, {item.id: item.fingerprint for item in items}))
     waiting = ranks.share([item for item in items if item.id not in done])
     failed = 0
     out.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def measure(
     return SampleRun.load(out, partial=shares is None)
 
 
-def _opened(out: Path, plan: Plan, manifest: dict[str, Any], listed: set[str]) -> set[str]:
+def _opened(out: Path, plan: Plan, manifest: dict[str, Any], listed: Mapping[str, str]) -> set[str]:
     """Make the directory, or take one to resume, and return the ids that have a good row."""
     if out.exists() and not plan.resume:
         raise InputError(f"{out} already exists: --resume goes on with it, or choose another --out.")
@@ -105,11 +105,14 @@ def _opened(out: Path, plan: Plan, manifest: dict[str, Any], listed: set[str]) -
         write(out, {**manifest, "complete": False})
         return set()
     earlier = SampleRun.load(out, partial=True).manifest
-    changed = [key for key in ("model", "plan", "dtype", "device") if earlier.get(key) != plain(manifest).get(key)]
+    alike = ("model", "plan", "dtype", "device", "weights", "attention")
+    changed = [key for key in alike if earlier.get(key) != plain(manifest).get(key)]
     if changed:
         raise InputError(f"{out} was measured with another {', '.join(changed)}: choose another --out.")
     rows = load_rows(out)
-    if strange := sorted(set(rows["id"]) - listed):
+    given = rows["listed"].fillna("") if "listed" in rows else [""] * len(rows)
+    other = {one for one, told in zip(rows["id"], given, strict=True) if told and told != listed.get(one, told)}
+    if strange := sorted((set(rows["id"]) - set(listed)) | other):
         raise InputError(
             f"{out} holds {len(strange)} samples that are not in this list (the first: {strange[0]}): resume with the "
             "list and the --limit it was made with, or choose another --out."
@@ -136,6 +139,7 @@ def _rows(model: nn.Module, processor: Any, items: Sequence[Item], plan: Plan) -
                 row["cached"] = are_cached(item.files)
                 row |= _measured(tracing, sample)
                 row["content"] = sample.content
+            row["listed"] = item.fingerprint
         row["wall_ms"] = (time.perf_counter() - begin) * 1000
         yield row
 

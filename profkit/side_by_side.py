@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import pandas as pd
 
@@ -45,10 +44,8 @@ def _measured(saved: Sequence[Saved]) -> tuple[list[Measured], list[str]]:
     """Return what the runs measured, under names of their own, and a sentence for each that measured nothing."""
     found = [_read(one) for one in saved]
     measured = [one for one in found if isinstance(one, Measured)]
-    if len({one.name for one in measured}) < len(measured):
-        # The same directory name in two places, or one run given twice.
-        measured = [replace(one, name=f"{number}: {one.name}") for number, one in enumerate(measured, start=1)]
-    return measured, [one for one in found if isinstance(one, str)]
+    # The same directory name in two places, or one run given twice.
+    return comparison.told_apart(measured), [one for one in found if isinstance(one, str)]
 
 
 def _read(one: Saved) -> Measured | str:

@@ -77,6 +77,8 @@ def trend(values: np.ndarray) -> tuple[float, tuple[float, float]]:
     """
     from scipy.stats import theilslopes
 
+    if not median(values):
+        return float("nan"), UNKNOWN
     slope, _, low, high = (one * (len(values) - 1) / median(values) for one in theilslopes(values))
     return slope, (low, high) if len(values) >= FEWEST else UNKNOWN
 
@@ -90,6 +92,8 @@ def excess(first: float, others: np.ndarray) -> tuple[float, tuple[float, float]
     from scipy.stats import t
 
     middle, count = median(others), len(others)
+    if not middle:
+        return float("nan"), UNKNOWN
     over = first / middle - 1
     if count + 1 < FEWEST:
         return over, UNKNOWN

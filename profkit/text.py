@@ -176,7 +176,7 @@ def latency_line(run: Run) -> str:
     return (
         f"TTFT {_ms(found.ttft_ms)} ms · TPOT {_ms(found.tpot_ms)} ms · "
         f"ITL p50 {_ms(found.itl_p50_ms)} p90 {_ms(found.itl_p90_ms)} p99 {_ms(found.itl_p99_ms)} ms · "
-        f"{found.tokens_per_s:.1f} tokens/s decode · {found.prefill_tokens_per_s:.0f} tokens/s prefill"
+        f"{_rate(found.tokens_per_s, 1)} tokens/s decode · {_rate(found.prefill_tokens_per_s, 0)} tokens/s prefill"
     )
 
 
@@ -352,6 +352,10 @@ def anatomy_as_dict(anatomy: Anatomy, parts: pd.DataFrame, abilities: Sequence[M
 
 def _ms(value: float) -> str:
     return "–" if pd.isna(value) else f"{value:.2f}"
+
+
+def _rate(value: float, digits: int) -> str:
+    return "–" if pd.isna(value) else f"{value:.{digits}f}"
 
 
 def _count(number: int) -> str:

@@ -16,6 +16,10 @@ SMALLER = 0.9
 """A window that was estimated to fit and did not is tried again with so much of the budget."""
 
 
+ROOM_BYTES = 4000
+"""What the run's checks take, compressed, which are put behind when all else is done."""
+
+
 @dataclass(frozen=True)
 class TraceFile:
     """The text of a trace, the steps that it holds, and its compressed size where even one step passes the budget."""
@@ -31,7 +35,8 @@ class TraceFile:
             yield f"the trace holds {kept} of {recorded} recorded steps: more pass {budget}"
         if self.over_bytes:
             size = f"{self.over_bytes / 1e6:g} MB"
-            yield f"the trace takes {size}, more than the {budget} of --trace-budget: one step is kept in any case"
+            said = f"the trace takes about {size}, more than the {budget} of --trace-budget"
+            yield f"{said}: one step is kept in any case"
 
 
 def written(
@@ -50,11 +55,12 @@ def written(
     One step is kept in any case.
     """
     count, allowed = len(steps), float(budget_bytes)
+    room = ROOM_BYTES
     while True:
         kept = tuple(steps[:count])
         text = _text(content, spans, events, found, kept, count < len(steps), metadata, by_step)
         # Text that would fit as it stands need not be compressed to know.
-        if len(text) <= budget_bytes or (size := len(annotate.compressed(text))) <= budget_bytes:
+        if len(text) + room <= budget_bytes or (size := len(annotate.compressed(text)) + room) <= budget_bytes:
             return TraceFile(text, kept)
         if count == 1:
             return TraceFile(text, kept, size)

@@ -12,9 +12,15 @@ from profkit.text import figure
 from profkit.verdicts import Verdict
 
 SAID = {True: "pass", False: "fail", None: "open"}
+FIGURE = "figure"
 COLUMNS = (
     *(Column("result", ""), Column("check", "check"), Column("figure", "measured (at most)"), Column("sentence", "")),
 )
+
+
+def said(one: Verdict) -> str:
+    """Return what a verdict is: open where it has a bound and no answer, a mere figure without a bound."""
+    return FIGURE if one.ok is None and one.allowed != one.allowed else SAID[one.ok]
 
 
 def verdicts(found: Sequence[Verdict]) -> Iterator[str]:
@@ -22,9 +28,9 @@ def verdicts(found: Sequence[Verdict]) -> Iterator[str]:
     failed = [f"failed: {one.check}: {figure(one)}: {one.sentence}" for one in found if one.ok is False]
     if failed:
         yield page.items(failed, "failure")
-    counts = ", ".join(f"{sum(one.ok is ok for one in found)} {name}" for ok, name in SAID.items())
+    counts = ", ".join(f"{sum(said(one) == name for one in found)} {name}" for name in (*SAID.values(), FIGURE))
     rows = pd.DataFrame(
-        [(SAID[one.ok], one.check, figure(one), one.sentence) for one in found],
+        [(said(one), one.check, figure(one), one.sentence) for one in found],
         columns=[one.name for one in COLUMNS],
     )
     yield page.fold(f"Checks of this run: {counts}", [page.table(rows, COLUMNS)])

@@ -38,6 +38,14 @@ def at_most(check: str, over: float, interval: tuple[float, float], allowed: flo
     return Verdict(check, None if noisy else True, over, allowed, "", said + noisy)
 
 
+def between(interval: tuple[float, float], form: str = "+.1%", unit: str = "") -> str:
+    """Return a 95 % interval in words, or that there are too few values for one."""
+    low, high = interval
+    if low != low:
+        return "too few for an interval"
+    return f"95 % interval {low:{form}} to {high:{form}}{unit}"
+
+
 def within(check: str, off: float, interval: tuple[float, float], allowed: float, unit: str, sentence: str) -> Verdict:
     """Return the verdict on a deviation that must stay within ± a bound, given its interval.
 

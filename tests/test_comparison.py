@@ -195,3 +195,23 @@ def test_a_stage_that_some_samples_have_not_is_compared_where_it_is():
         warnings.simplefilter("error")
         assert compare(base, half).loc["decode", "ratio"] == pytest.approx(1.2)
         assert compare(half, base).loc["decode", "ratio"] == pytest.approx(1 / 1.2)
+
+
+@pytest.mark.parametrize("wrong", [{"new_tokens": 0}, {"unsplit_ms": "nan"}, {"stages_ms": {"load": -1}}])
+def test_published_figures_that_cannot_be(tmp_path, wrong):
+    told = {"name": "a", "stages_ms": {"load": 1}, "unsplit_ms": 2, "new_tokens": 3}
+    (tmp_path / "a.json").write_text(json.dumps({**told, **wrong}))
+    with pytest.raises(InputError, match="must be numbers of ms, not negative, and new_tokens more than none"):
+        read(tmp_path / "a.json")
+
+
+def test_a_gate_sees_every_run_also_of_one_directory_name(tmp_path):
+    model, kwargs = small_llava()
+    run = profkit.trace(model, kwargs, repeat=6, profile=False, work=False)
+    for name in ("base", "x/run", "y/run"):
+        run.save(tmp_path / name)
+    slow = measured(name="slow", prefill=noisy(20, 1, level=20.0))
+    _, *others = comparison.told_apart([measured(prefill=noisy(20, 0)), slow, slow])
+    assert [one.name for one in others] == ["2: slow", "3: slow"]
+    result = CliRunner().invoke(cli.cli, ["compare", *(str(tmp_path / one) for one in ("base", "x/run", "y/run"))])
+    assert "2: " in result.output and "3: " in result.output

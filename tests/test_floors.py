@@ -25,7 +25,7 @@ FLOORS = {
     },
     4: {"attribution", "audit", "chrome", "phases", "probes", "roles", "annotate", "work"},
     5: {
-        *("memory", "hierarchy", "foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"),
+        *("hierarchy", "foreign", "occupancy", "graphs", "tables", "tracks", "kineto", "probing"),
         *("lines", "counting"),
     },
     6: {
@@ -37,6 +37,7 @@ FLOORS = {
         "timeline",
         "tensorboard",
         "saved_tables",
+        "memory",
         "joint",
         "workload",
         "roofline",

@@ -210,6 +210,13 @@ def test_a_run_is_resumed_with_its_own_list(folder):
     assert len(SampleRun.load(folder / "run").rows) == 3
 
 
+def test_a_run_is_not_resumed_with_other_files_of_the_same_ids(folder):
+    run(folder, read_items(write_list(folder, [{"image": "0.jpg"}, {"image": "1.jpg"}])))
+    for other in ({"image": "2.jpg"}, {"image": "0.jpg", "prompt": "Why?"}):
+        with pytest.raises(InputError, match=r"1 samples that are not in this list \(the first: line 1\)"):
+            run(folder, read_items(write_list(folder, [other, {"image": "1.jpg"}])), resume=True)
+
+
 def test_whatever_a_file_makes_a_library_raise_is_its_row_alone(folder, monkeypatch):
     inner = samples.read_image
 
@@ -295,6 +302,7 @@ def test_the_command(folder):
     assert [row["id"] for row in found["samples"]] == ["a", "b", "c"]
     wrong_ones = [(["--resume"], "--resume needs --out"), (["x.jpg"], "leave INPUTS out")]
     wrong_ones += [(["--repeat", "3"], "--repeat is for a single sample"), (["--part", "projector=no"], "no module")]
+    wrong_ones += [(["--out", str(folder / "0.jpg" / "x")], "choose another --out")]
     wrong_ones += [(["--min-new-tokens", "9"], "is more than --max-new-tokens 2")]
     for wrong, said in wrong_ones:
         result = CliRunner().invoke(cli.cli, [*arguments, *wrong])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from profkit import environment
 from profkit.steadiness import steadiness
 from profkit.verdicts import Verdict
 
@@ -67,3 +68,14 @@ def test_few_repeats_leave_it_open():
     found = by_name(steadiness([1.0, 1.1], {}))
     assert {one.ok for one in found.values()} == {None}
     assert "cannot be read" in found["steadiness: background load"].sentence
+
+
+def test_passes_that_take_no_time_are_no_crash():
+    """A clock too coarse for what it times reads 0."""
+    assert all(one.ok is not True for one in steadiness([0.0] * 8, {}) if one.check in ("steadiness: drift", "warm-up"))
+
+
+def test_a_clocks_steps_are_seen_whatever_it_claims():
+    readings = iter(range(10_000))
+    assert environment.clock_step_ns(lambda: next(readings) // 7 * 1_000_000) == 1_000_000
+    assert 0 < environment.clock_step_ns() < 1_000_000

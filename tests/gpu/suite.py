@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,26 +154,29 @@ def systems(suite: Suite, name: str) -> Iterator[tuple[str, Callable[[], Any], f
         def sdpa(tokens: int = tokens) -> dict[str, Any]:
             return _figures(suite.traced(model(), tokens, f"{name}-{tokens}"))
 
+        def eager(tokens: int = tokens) -> dict[str, Any]:
+            models.choose_attention(model().model, "eager")
+            found = _figures(suite.traced(model(), tokens, repeat=2, profile=False, work=False))
+            models.choose_attention(model().model, "sdpa")
+            return found
+
         yield f"{name}, {tokens} tokens, sdpa", sdpa, 20
-
-    def eager() -> dict[str, Any]:
-        models.choose_attention(model().model, "eager")
-        found = _figures(suite.traced(model(), suite.lengths[0], profile=False))
-        models.choose_attention(model().model, "sdpa")
-        return found
-
-    yield f"{name}, {suite.lengths[0]} tokens, eager", eager, 20
+        yield f"{name}, {tokens} tokens, eager", eager, 20
     if name == SYSTEMS[0]:
         yield "overhead", lambda: overhead(suite, model()), 60
         yield "decoupled truth", lambda: _verdicts(decoupled.decoupled(*_case(model(), 8), 9)), 30
         yield "known delays", lambda: spins(suite, model()), 45
-        yield f"{name}, {suite.lengths[0]} tokens, static cache", lambda: static(suite, model()), 120
+    for number, tokens in enumerate(suite.lengths):
+        # The first compiles.
+        yield f"{name}, {tokens} tokens, static cache", partial(static, suite, model, tokens), 20 if number else 90
 
 
-def static(suite: Suite, loaded: models.Loaded) -> dict[str, Any]:
+def static(suite: Suite, model: Callable[[], models.Loaded], tokens: int) -> dict[str, Any]:
     """Trace with a static cache: on a device generate() compiles its decode step, into graphs."""
     generate = {"cache_implementation": "static"}
-    found = _figures(suite.traced(loaded, suite.lengths[0], generate=generate, profile_steps=frozenset({0, 2})))
+    found = _figures(
+        suite.traced(model(), tokens, generate=generate, repeat=2, profile_steps=frozenset({0, 2}), work=False)
+    )
     return {**found, "graphs_compiled": environment.graphs_compiled()}
 
 
@@ -269,9 +273,10 @@ def main() -> None:
     text = summary(json.loads((options.out / "results.json").read_text()))
     (options.out / "summary.txt").write_text(text + "\n")
     print(text)
-    failed = [name for name, one in suite.results.items() if isinstance(one, dict) and "failed" in one]
-    if failed:
-        sys.exit(f"failed: {', '.join(failed)}")
+    found = {name: one for name, one in suite.results.items() if isinstance(one, dict)}
+    missing = [name for name, one in found.items() if "failed" in one or "not_run" in one]
+    if missing:
+        sys.exit(f"failed or not run: {', '.join(missing)}")
 
 
 if __name__ == "__main__":
