@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from profkit import fakes, formulas
+from profkit.errors import MeasurementError
 from profkit.ledger import Scope
 from profkit.work import QUANTITIES
 
@@ -33,6 +34,8 @@ IGNORED = {
 """Questions about a tensor, which move nothing of it."""
 PARTS = ("vision", "audio", "projector", "embed", "head")
 FLOPS, WEIGHTS, CACHE_READ, CACHE_WRITTEN, ACTIVATIONS, MOVED, OPERATORS = range(len(QUANTITIES))
+FOREIGN = -1
+"""The kind of a storage that the counted model must not touch."""
 
 
 @dataclass
@@ -63,7 +66,7 @@ class Memory:
     """A storage: what it holds, which part of the model made it, and what of it was used in the current step."""
 
     kind: int
-    """WEIGHTS, CACHE_READ or ACTIVATIONS: what reading it counts as."""
+    """WEIGHTS, CACHE_READ or ACTIVATIONS: what reading it counts as; or FOREIGN."""
     size: int
     alive: StorageWeakRef
     """As long as this is kept, no other storage can have the address."""
@@ -82,11 +85,14 @@ class Memory:
 
 
 class Counter(TorchDispatchMode):
-    """Counts, while it is active, QUANTITIES of the operators of this thread; `tick()` takes the sums as they stand."""
+    """Counts, while it is active, QUANTITIES of the operators of this thread; `tick()` takes the sums as they stand.
+
+    `original` is the model of which `model` is a copy: an operator that meets its weights raises MeasurementError.
+    """
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, original: nn.Module | None = None) -> None:
         super().__init__()
         self.ticks: list[list[int]] = []
         self.operators: dict[str, Tally] = {}
@@ -95,9 +101,11 @@ class Counter(TorchDispatchMode):
         self._formulas = formulas.known()
         self._memory: dict[int, Memory] = {}
         self._part, self._step, self._has_cache = [""], 0, False
-        for one in (*model.parameters(), *model.buffers()):
-            for memory in self._memory_of(one):
-                memory.kind = WEIGHTS
+        # The model itself comes last: what it shares with the original is its own.
+        for owner, kind in ((original, FOREIGN), (model, WEIGHTS)):
+            for one in (*owner.parameters(), *owner.buffers()) if owner is not None else ():
+                for memory in self._memory_of(one):
+                    memory.kind = kind
 
     def tick(self) -> int:
         """Keep the sums as they stand and return their number: a clock whose time is work."""
@@ -203,6 +211,10 @@ class Counter(TorchDispatchMode):
                     size = size // tensor.shape[0] * min(tensor.shape[0], args[0].shape[0])
                 moved += size
                 for memory in self._memory_of(tensor):
+                    if memory.kind == FOREIGN:
+                        raise MeasurementError(
+                            "a function that was put over a method of the model runs the model itself, not its copy"
+                        )
                     if rows and memory.kind == CACHE_READ:
                         # Beams are put in another order: it stays what it is, and a cache that is paged need not move.
                         reordered = True

@@ -120,7 +120,8 @@ class Counting:
             self.operators, self.about["prompt_tokens"] = operators, prompt_tokens
 
     def _table(self, model: nn.Module, kwargs: Mapping[str, Any]) -> pd.DataFrame:
-        counter, scopes = Counter(model), Scopes()
+        original = self.model if model is not self.model else None
+        counter, scopes = Counter(model, original), Scopes()
         ledger = Ledger(scopes, now=counter.tick)
         follow = counter.following(scopes.list)
         instrument = Instrument(model, self.anatomy, ledger, self.granularity, None, follow, counter.begin_step)
