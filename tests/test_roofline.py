@@ -243,6 +243,18 @@ def test_damaged_ceilings_of_a_run_are_said(run, tmp_path):
     assert again.ceilings is None and "damaged" in again.unreadable[0] and len(again.stages())
 
 
+def test_the_command_says_that_a_runs_ceilings_were_damaged(run, elsewhere, tmp_path, monkeypatch):
+    from profkit import stress
+
+    saved = profkit.load(run.path)
+    saved.ceilings = None
+    saved.save(tmp_path / "run")
+    (tmp_path / "run" / "ceilings.json").write_text(json.dumps({**ceilings().to_record(), "launch_s": {"median": -1}}))
+    monkeypatch.setattr(stress, "measured", lambda device, progress: ceilings(device="cpu"))
+    done = command(str(tmp_path / "run"))
+    assert done.exit_code == 0 and "damaged" in done.stdout and "floor of TTFT" in done.stdout
+
+
 def test_the_command_of_a_run_without_work(run, tmp_path):
     saved = profkit.load(run.path)
     saved.work = None
