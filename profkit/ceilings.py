@@ -22,7 +22,9 @@ from profkit.errors import InputError
 SCHEMA = 1
 KINDS: Mapping[str, Any] = {
     **dict.fromkeys(("device", "device_name", "driver", "torch"), str),
-    **{"threads": int, "measured_unix": int | float, "notes": list | tuple},
+    "threads": int,
+    "measured_unix": int | float,
+    "notes": list | tuple,
 }
 NOISY = 0.05
 """A ceiling whose rounds lie further apart (p90 over p10 of the median) is called noisy."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,7 @@ class Tally:
 class Operator:
     """What is known of an operator before it runs: see Counter._look_up()."""
 
+    name: str
     tally: Tally
     decomposes: bool
     is_view: bool
@@ -96,6 +97,8 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.ticks: list[list[int]] = []
         self.operators: dict[str, Tally] = {}
+        self.packed: set[str] = set()
+        """Operators that were given weights packed into an object, whose bytes nothing tells."""
         self._sums = [0] * len(QUANTITIES)
         self._known: dict[Any, Operator] = {}
         self._formulas = formulas.known()
@@ -103,7 +106,7 @@ class Counter(TorchDispatchMode):
         self._part, self._step, self._has_cache = [""], 0, False
         # The model itself comes last: what it shares with the original is its own.
         for owner, kind in ((original, FOREIGN), (model, WEIGHTS)):
-            for one in (*owner.parameters(), *owner.buffers()) if owner is not None else ():
+            for one in _kept_by(owner) if owner is not None else ():
                 for memory in self._memory_of(one):
                     memory.kind = kind
 
@@ -181,6 +184,7 @@ class Counter(TorchDispatchMode):
         composite = formula is None and schema is not None and packet is not DEVICE
         composite = composite and (COMPOSITE in func.py_kernels or func.has_kernel_for_dispatch_key(COMPOSITE))
         found = self._known[func] = Operator(
+            name,
             self.operators.setdefault(name, Tally(formula)),
             composite,
             packet in IGNORED or bool(getattr(func, "is_view", False)),
@@ -203,6 +207,8 @@ class Counter(TorchDispatchMode):
         grown = held = 0
         reordered = False
         for place, value in enumerate((*args, *kwargs.values())):
+            if isinstance(value, torch.ScriptObject):
+                self.packed.add(known.name)
             for tensor in _tensors_in(value):
                 rows, written = known.reads_rows and place == 0, place in known.written
                 size = made_bytes if rows else tensor.nbytes
@@ -253,6 +259,14 @@ class Counter(TorchDispatchMode):
         more = min(size, memory.size - memory.counted)
         memory.counted += more
         self._sums[memory.kind] += more
+
+
+def _kept_by(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield a model's parameters, buffers, and the tensors that its modules keep as plain attributes."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        yield from (one for one in vars(module).values() if isinstance(one, torch.Tensor))
 
 
 def _part_of(scope: Scope) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from profkit import figures, page, roofline_text, work_comparison
+from profkit import doubts, figures, page, roofline_text, work_comparison
 from profkit.comparison import Measured
 from profkit.page import Column
 from profkit.roofline import Roofline
@@ -29,6 +29,8 @@ def section(run: Run, key: str) -> Iterator[str]:
         return
     found = run.roofline()
     yield page.paragraph(summary(found), "answer")
+    for doubt in doubts.of(found):
+        yield page.paragraph(f"{doubt}.", "note")
     yield page.figure(plot(found), f"{key}-roofline")
     yield page.table(_readable(found.stages), [*WORK, *ANSWERS])
     yield page.paragraph(roofline_text.meanings(found), "note")
@@ -158,6 +160,4 @@ def plot(found: Roofline) -> go.Figure:
 def _dtypes(found: Roofline, names: pd.Index) -> list[str]:
     """Return the dtype of each stage, those without a ceiling left out."""
     limits = found.limits
-    return [
-        one for name in names if (one := limits.of_stage.get(str(name), limits.dtype)) in limits.ceilings.flops_per_s
-    ]
+    return [one for name in names if (one := limits.dtype_of(str(name))) in limits.ceilings.flops_per_s]

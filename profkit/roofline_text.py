@@ -10,6 +10,7 @@ import pandas as pd
 from rich.markup import escape
 from rich.table import Table
 
+from profkit import doubts
 from profkit.ceilings import NOISY, Ceilings
 from profkit.directories import plain
 from profkit.roofline import MediaCost, Roofline
@@ -51,8 +52,8 @@ def ceilings_report(found: Ceilings) -> Iterator[Table | str]:
         yield "[dim]no datasheet of this device is known to profkit[/dim]"
     else:
         yield f"[dim]datasheet: {escape(found.datasheet.source)}[/dim]"
-    if any(one.spread > NOISY for _, _, one, _ in found.rows()):
-        yield f"[yellow]noisy: rounds lie further apart than {NOISY:.0%}; measure again on a quiet machine[/yellow]"
+    for doubt in doubts.of_ceilings(found):
+        yield f"[yellow]{escape(doubt)}[/yellow]"
     for note in found.notes:
         yield f"[yellow]note: {escape(note)}[/yellow]"
 
@@ -62,6 +63,10 @@ def report(found: Roofline) -> Iterator[Table | str]:
     yield _stages(found)
     clock = {"": "no times: nothing was run", "host": "host clock", "device": "device clock"}[found.clock]
     yield f"[dim]{clock}; {escape(meanings(found))}[/dim]"
+    noisy = list(doubts.of_ceilings(found.limits.ceilings))  # which stands by the ceilings
+    for doubt in doubts.of(found):
+        if doubt not in noisy:
+            yield f"[yellow]{escape(doubt)}[/yellow]"
     yield from _steps(found)
     yield _latency_line(found)
     if len(found.what_if):
@@ -195,6 +200,7 @@ def as_dict(found: Roofline) -> dict[str, Any]:
             "what_if": {"analytic": True, "rows": found.what_if.to_dict(orient="records")},
             "media": None if found.media is None else {"analytic": True, **asdict(found.media)},
             "without_formula": found.without_formula.to_dict(orient="records"),
+            "doubts": doubts.of(found),
             "parts": found.work.parts.to_dict(orient="records"),
             "counted": dict(found.work.about),
             "ceilings": found.limits.ceilings.to_record(),

@@ -130,6 +130,7 @@ class Counting:
         with _eagerly(model), _watching_cache(model, self.anatomy, counter), instrument, counter:
             model.generate(**fresh)  # type: ignore[operator]
         self.operators = operator_table(counter)
+        self.about["packed"] = sorted(counter.packed)
         sums = np.array(counter.ticks, dtype=np.int64).reshape(-1, len(QUANTITIES))
         spans = Spans(ledger.marks(), scopes.list)
         self.about["prompt_tokens"] = int(np.maximum(spans.steps.tokens[spans.steps.prefill], 0).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -11,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 import profkit
-from profkit import roofline, roofline_text
+from profkit import doubts, roofline, roofline_text
 from profkit.ceilings import Ceiling, Ceilings
 from profkit.cli import cli
 from profkit.errors import InputError
@@ -153,8 +154,50 @@ def test_operators_without_a_formula_have_their_share():
 
 def test_a_dtype_that_was_not_measured_has_no_answer():
     table = roofline.stage_table(work(), limits("float64"), pd.Series({"decode": 40.0}))
-    assert math.isnan(table.loc["decode", "mfu"]) and table.loc["decode", "binds"] == "memory"
+    assert math.isnan(table.loc["decode", "mfu"]) and table.loc["decode", "binds"] == ""
     assert table.loc["decode", "floor_ms"] == pytest.approx(22.3)
+    # The tower is float32, which was measured: 2e9 FLOPs at 100 GFLOP/s.
+    assert table.loc["vision", "binds"] == "compute" and table.loc["vision", "floor_ms"] == pytest.approx(20)
+    found = roofline.answers(work(), ceilings(), "float64")
+    assert not len(found.what_if)
+    said = doubts.of(found)
+    assert len(said) == 1 and "float64 were not measured: for prefill, decode, head" in said[0]
+    assert set(found.steps["binds"]) == {""}
+    # A part of a dtype without a ceiling is not held against the model's.
+    other = work()
+    other.parts.loc[other.parts["role"] == "vision_tower", "dtype"] = "float64"
+    said = doubts.of(roofline.answers(other, ceilings(), "bfloat16"))
+    assert len(said) == 1 and "float64 were not measured: for vision" in said[0]
+
+
+def test_what_is_faster_than_its_floor_and_noise_are_said():
+    assert doubts.of(roofline.answers(work(), ceilings(), "bfloat16")) == []
+    found = roofline.answers(work(), ceilings(read_bytes_per_s=Ceiling(1e11, 8e10, 1.2e11, 5)), "bfloat16")
+    table = found.stages.assign(attained=[1.2, 0.9, 1.1, float("nan")][: len(found.stages)])
+    late = roofline.Latencies(61.0, 12.15, 60.0, 24.0)
+    said = doubts.of(dataclasses.replace(found, stages=table, latencies=late))
+    assert said[0].startswith(f"faster than the floor: {table.index[0]}, {table.index[2]}, TTFT;")
+    assert said[1].startswith("noisy") and "read 40%" in said[1] and len(said) == 2
+
+
+def test_doubts_stand_in_the_report_the_page_and_the_commands(run, elsewhere):
+    from test_report import Page
+
+    from profkit import report, text
+
+    saved = profkit.load(run.path)
+    saved.ceilings = ceilings(
+        device="cpu",
+        flops_per_s={"float32": exactly(1e6)},
+        read_bytes_per_s=Ceiling(1e11, 8e10, 1.2e11, 5),
+    )
+    page = Page(report.html_of([saved])).text
+    lines = "\n".join(one for one in text.report(saved) if isinstance(one, str))
+    answers = "\n".join(one for one in roofline_text.report(saved.roofline()) if isinstance(one, str))
+    for said in (page, lines, answers):
+        assert "faster than the floor: " in said and "TTFT" in said
+    assert "noisy: rounds of the ceilings lie further apart than 5% (read 40%)" in page and "noisy" in lines
+    assert [one[:6] for one in roofline_text.as_dict(saved.roofline())["doubts"]] == ["faster", "noisy:"]
 
 
 # -- of a run, and on the command line -----------------------------------------------------------------
