@@ -136,8 +136,13 @@ class Counter(TorchDispatchMode):
 
         return wrap
 
+    def hold_cache(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Take in a cache that is given filled: what it holds was written before, and is read."""
+        for memory in [memory for one in tensors for memory in self._memory_of(one)]:
+            memory.kind, self._has_cache = CACHE_READ, True
+
     def note_cache(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Take in what the cache holds as a pass of the decoder ends; if it is the first, all of it was written."""
+        """Take in what the cache holds as a pass of the decoder ends; a first one was written as a whole."""
         for memory in self._memory.values():
             if memory.kind == CACHE_READ:
                 memory.kind = ACTIVATIONS

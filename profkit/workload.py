@@ -127,6 +127,7 @@ class Counting:
         instrument = Instrument(model, self.anatomy, ledger, self.granularity, None, follow, counter.begin_step)
         # A cache given by the user would remember this pass in the next one.
         fresh = {key: copy.deepcopy(value) if key == "past_key_values" else value for key, value in kwargs.items()}
+        counter.hold_cache(_filled(fresh.get("past_key_values")))
         with _eagerly(model), _watching_cache(model, self.anatomy, counter), instrument, counter:
             model.generate(**fresh)  # type: ignore[operator]
         self.operators = operator_table(counter)
@@ -205,6 +206,13 @@ def _eagerly(model: nn.Module) -> AbstractContextManager[object]:
     if not compiled and device_of(model).type == "cpu":
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
+
+
+def _filled(given: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a cache that holds tokens: one made ahead of them may have room for them only."""
+    length = getattr(given, "get_seq_length", None)
+    if length is None or int(length()):
+        yield from cache.tensors_of(given)
 
 
 @contextmanager

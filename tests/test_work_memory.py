@@ -8,6 +8,7 @@ import builders
 import pandas as pd
 import pytest
 import torch
+import transformers
 from test_roofline import ceilings
 from test_work import counted
 
@@ -45,6 +46,45 @@ def test_a_compiled_forward_is_that_of_the_copy(path):
     work = workload.count(model, kwargs, anatomy)
     assert work.about["weights"] == "fake" and part.forward is compiled
     pd.testing.assert_frame_equal(work.stages(), plain.stages())
+
+
+# -- caches that are given -----------------------------------------------------------------------------
+
+
+def llama():
+    """Keys and values of 2 layers, 2 heads of 8 floats of 4 bytes each: 256 bytes a token."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 99}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(**sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    ids = torch.arange(3, 15)[None]
+    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "min_new_tokens": 4}
+    return transformers.LlamaForCausalLM(config).eval(), {**kwargs, "do_sample": False}
+
+
+@pytest.mark.parametrize("tokens", [4, 20])
+def test_what_a_given_cache_holds_is_read_and_was_not_written(tokens):
+    model, kwargs = llama()
+    kwargs |= {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    anatomy = inspection.anatomy_for(model, kwargs)
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(kwargs["input_ids"][:, :8], past_key_values=cache, use_cache=True)
+    work = workload.count(model, {**kwargs, "past_key_values": cache}, anatomy, new_tokens=tokens)
+    steps = work.steps()
+    assert steps["cache_read_bytes"].tolist() == [256 * held for held in (8, *range(12, 11 + tokens))]
+    assert steps["cache_written_bytes"].tolist() == [256 * 4] + [256] * (tokens - 1)
+    assert work.stages()["activation_bytes"].get("prefill", 0) < 256 * 8
+    assert cache.get_seq_length() == 8
+
+
+def test_a_cache_with_room_alone_holds_nothing():
+    model, kwargs = llama()
+    anatomy = inspection.anatomy_for(model, kwargs)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+    given = workload.count(model, {**kwargs, "past_key_values": cache}, anatomy, new_tokens=4).steps()
+    own = workload.count(model, {**kwargs, "cache_implementation": "static"}, anatomy, new_tokens=4).steps()
+    assert given["cache_read_bytes"].iloc[0] == own["cache_read_bytes"].iloc[0] == 0
 
 
 # -- weights that no list of parameters has ----------------------------------------------------------
