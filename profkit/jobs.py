@@ -171,6 +171,8 @@ def count(name: str, inputs: Sequence[str], options: Options, progress: Report) 
     made = options["weights"] != "real" and ":" not in name
     device, weights = (torch.device("meta"), "random") if made else (torch.device("cpu"), options["weights"])
     loaded = models.load_model(name, device, dtype, weights, remote)
+    if options["attention"]:
+        models.choose_attention(loaded.model, options["attention"])
     if made:
         loaded.model = fakes.without_weights(loaded.model)
     sample = _sample(loaded, inputs, options)

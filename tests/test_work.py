@@ -139,6 +139,22 @@ def test_a_checkpoint_is_counted_without_reading_its_weights(tmp_path):
     assert work.total()["flops"] == preset.total()["flops"] and work.parts.equals(preset.parts)
 
 
+def test_the_attention_that_is_asked_for_is_counted_or_refused():
+    options = {**OPTIONS, "max_new_tokens": 2}
+    default, _ = jobs.count("tiny-llava", (), options, lambda what: None)
+    eager, _ = jobs.count("tiny-llava", (), {**options, "attention": "eager"}, lambda what: None)
+    loaded = models.load_model("tiny-llava", torch.device("cpu"))
+    models.choose_attention(loaded.model, "eager")
+    sample = samples.sample_for(loaded.processor, loaded.model, [], None, 2)
+    kwargs = {**passes.prepared(sample), "max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
+    real = workload.count(loaded.model, kwargs, inspection.anatomy_for(loaded.model, kwargs))
+    columns = ["flops", "operator_bytes", "operators"]
+    pd.testing.assert_frame_equal(eager.stages()[columns], real.stages()[columns])
+    assert eager.stages().loc["vision", "operators"] > default.stages().loc["vision", "operators"]
+    with pytest.raises(InputError, match="--attention flash_attention_2"):
+        jobs.count("tiny-llava", (), {**options, "attention": "flash_attention_2"}, lambda what: None)
+
+
 # -- sums, and the same without weights --------------------------------------------------------------
 
 
