@@ -60,7 +60,7 @@ def ceilings_report(found: Ceilings) -> Iterator[Table | str]:
 
 def report(found: Roofline) -> Iterator[Table | str]:
     """Yield the answers: stages, steps, latency, what would change, media tokens, what has no formula."""
-    yield _stages(found)
+    yield from _stages(found)
     clock = {"": "no times: nothing was run", "host": "host clock", "device": "device clock"}[found.clock]
     yield f"[dim]{clock}; {escape(meanings(found))}[/dim]"
     noisy = list(doubts.of_ceilings(found.limits.ceilings))  # which stands by the ceilings
@@ -77,26 +77,32 @@ def report(found: Roofline) -> Iterator[Table | str]:
     yield f"[dim]{escape(how_counted(found))}[/dim]"
 
 
-def _stages(found: Roofline) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("stage", no_wrap=True)
-    timed = bool(found.clock)
-    names = (*["ms"] * timed, "FLOPs", "bytes", "FLOP/B", *["MFU", "MBU"] * timed, "floor ms", *["of it"] * timed)
-    silent = bool(found.stages["no_formula"].notna().any())
-    for name in (*names, "binds", "launch ms", *["no formula"] * silent):
-        table.add_column(name, justify="right", no_wrap=True)
-    for stage, row in found.stages.iterrows():
-        cells = [
-            *[_ms(row["time_ms"])] * timed,
-            *(amount(row["flops"]), amount(row["bytes"], "B"), _number(row["intensity"])),
-            *([_share(row["mfu"]), _share(row["mbu"])] if timed else []),
-            _ms(row["floor_ms"]),
-            *[_share(row["attained"])] * timed,
-        ]
-        table.add_row(
-            str(stage), *cells, row["binds"] or "–", _ms(row["launch_ms"]), *[_share(row["no_formula"])] * silent
-        )
-    return table
+def _stages(found: Roofline) -> Iterator[Table]:
+    """Yield a row a stage; where there are times, in two tables, so that 80 columns hold their figures."""
+    work = {
+        "FLOPs": lambda row: amount(row["flops"]),
+        "bytes": lambda row: amount(row["bytes"], "B"),
+        "FLOP/B": lambda row: _number(row["intensity"]),
+        "launch ms": lambda row: _ms(row["launch_ms"]),
+    }
+    limit = {"floor ms": lambda row: _ms(row["floor_ms"]), "binds": lambda row: row["binds"] or "–"}
+    times = {
+        "ms": lambda row: _ms(row["time_ms"]),
+        **limit,
+        "of it": lambda row: _share(row["attained"]),
+        "MFU": lambda row: _share(row["mfu"]),
+        "MBU": lambda row: _share(row["mbu"]),
+    }
+    if found.stages["no_formula"].notna().any():
+        times["no formula"] = lambda row: _share(row["no_formula"])
+    for columns in (times, work) if found.clock else ({**work, **limit},):
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("stage", no_wrap=True)
+        for name in columns:
+            table.add_column(name, justify="right", no_wrap=True)
+        for stage, row in found.stages.iterrows():
+            table.add_row(str(stage), *(cell(row) for cell in columns.values()))
+        yield table
 
 
 def _steps(found: Roofline) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 
@@ -10,6 +11,7 @@ import builders
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 import profkit
 from profkit import doubts, roofline, roofline_text
@@ -264,6 +266,19 @@ def test_the_command_of_a_run_keeps_the_ceilings(run, elsewhere, monkeypatch):
     assert {row["stage"] for row in said["stages"]} >= {"vision", "prefill", "decode"} and len(asked) == 1
     command(str(run.path), "--again")
     assert len(asked) == 2
+
+
+def test_eighty_columns_hold_every_figure(run, elsewhere):
+    saved = profkit.load(run.path)
+    saved.ceilings = ceilings(upload_bytes_per_s=Ceiling(1.234e10, 1.111e10, 1.333e10, 5), device_name="NVIDIA L40S")
+    found = saved.roofline()
+    found = dataclasses.replace(found, stages=found.stages.assign(time_ms=123456.78, mfu=1.234, mbu=0.0123))
+    written = io.StringIO()
+    console = Console(file=written, width=80)
+    for part in (*roofline_text.ceilings_report(saved.ceilings), *roofline_text.report(found)):
+        console.print(part)
+    said = written.getvalue()
+    assert "…" not in said.replace(" … ", "") and said.count("123456.78") == len(found.stages)
 
 
 def test_the_command_of_a_run_from_another_device(run, elsewhere):
