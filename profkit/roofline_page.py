@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,7 +20,9 @@ from profkit.run import Run
 def section(run: Run, key: str) -> Iterator[str]:
     """Yield what a run's page says of its limits; where something is missing, what."""
     if run.work is None:
-        yield page.paragraph("Work was not counted: this run holds no FLOPs and bytes.", "note")
+        lost = run.damage_of("work.parquet")
+        said = f"Work was counted, and {lost}." if lost else "Work was not counted: this run holds no FLOPs and bytes."
+        yield page.paragraph(said, "note")
         return
     if run.ceilings is None:
         yield page.paragraph(
@@ -31,9 +34,14 @@ def section(run: Run, key: str) -> Iterator[str]:
     yield page.paragraph(summary(found), "answer")
     for doubt in doubts.of(found):
         yield page.paragraph(f"{doubt}.", "note")
-    yield page.figure(plot(found), f"{key}-roofline")
+    if found.clock:
+        yield page.figure(plot(found), f"{key}-roofline")
+    else:
+        yield page.paragraph("There are floors alone: the marks of the passes, which tell the times, are lost.", "note")
     yield page.table(_readable(found.stages), [*WORK, *ANSWERS])
-    yield page.paragraph(roofline_text.meanings(found), "note")
+    yield page.paragraph(
+        f"{roofline_text.floor_meaning(found)}; ratio to it: time over floor; {roofline_text.NO_FORMULA}.", "note"
+    )
     yield page.paragraph(roofline_text.media_line(found.media))
     yield page.paragraph(line) if (line := roofline_text.energy_line(run.manifest.get("energy"))) else ""
     yield page.fold("Every step", [page.table(_readable(found.steps), STEPS)])
@@ -96,17 +104,18 @@ def side_by_side(base: Measured, other: Measured) -> Iterator[str]:
 def summary(found: Roofline) -> str:
     """Return the answer in a sentence: floors of TTFT and TPOT, and the stage that loses most against its own."""
     one = found.latencies
-    lost = (found.stages["time_ms"] - found.stages["floor_ms"]).dropna()
-    tpot = (
-        f", TPOT {one.tpot_ms:.2f} ms against {one.tpot_floor_ms:.2f} ms (×{one.tpot_ms / one.tpot_floor_ms:.1f})"
-        if one.tpot_ms == one.tpot_ms and one.tpot_floor_ms > 0
-        else ""
-    )
-    worst = f"; {lost.idxmax()} is {lost.max():.1f} ms above its floor, more than any other stage" if len(lost) else ""
-    return (
-        f"TTFT is {one.ttft_ms:.2f} ms against a floor of {one.ttft_floor_ms:.2f} ms "
-        f"(×{one.ttft_ms / one.ttft_floor_ms:.1f}){tpot}{worst}."
-    )
+    pairs = (("TTFT", one.ttft_ms, one.ttft_floor_ms), ("TPOT", one.tpot_ms, one.tpot_floor_ms))
+    said = [_against(*pair) for pair in pairs if pair[2] > 0]
+    above = (found.stages["time_ms"] - found.stages["floor_ms"]).dropna()
+    if len(above):
+        said.append(f"{above.idxmax()} is {above.max():.1f} ms above its floor, more than any other stage")
+    return f"{'; '.join(said)}."
+
+
+def _against(name: str, took_ms: float, floor_ms: float) -> str:
+    if math.isnan(took_ms):
+        return f"the floor of {name} is {floor_ms:.2f} ms"
+    return f"{name} is {took_ms:.2f} ms against a floor of {floor_ms:.2f} ms (×{took_ms / floor_ms:.1f})"
 
 
 def _ceilings(found: Roofline) -> pd.DataFrame:

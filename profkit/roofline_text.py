@@ -167,12 +167,20 @@ def _operators(found: Roofline) -> Iterator[str]:
     yield f"no FLOP formula: {len(rows)} operators{share}: {escape(said + rest)}"
 
 
+NO_FORMULA = "no formula: share of the operators' time that counts as no FLOP"
+
+
+def floor_meaning(found: Roofline) -> str:
+    """Return what a floor is, and in which FLOP/s: each stage's own."""
+    dtypes = dict.fromkeys(found.limits.dtype_of(str(name)) for name in found.stages.index[found.stages["flops"] > 0])
+    return f"floor: the higher of FLOPs over {' or '.join(dtypes)} FLOP/s and bytes over B/s, as measured here"
+
+
 def meanings(found: Roofline) -> str:
     """Return what the columns of the stages mean, in a sentence."""
     return (
-        f"floor: the higher of FLOPs over {found.limits.dtype} FLOP/s and bytes over B/s, as measured here; of it: "
-        "floor over time, ratio its inverse; launch: as many operators, one by one, from the host; no formula: share "
-        "of the operators' time that counts as no FLOP."
+        f"{floor_meaning(found)}; of it: floor over time; launch: as many operators, one by one, from the host; "
+        f"{NO_FORMULA}."
     )
 
 

@@ -355,6 +355,58 @@ def test_the_report_has_a_point_for_each_stage(run):
     assert "Work was not counted" in Page(report.html_of([saved])).text
 
 
+def test_the_page_explains_the_columns_that_it_has(run):
+    from profkit import roofline_page
+
+    saved = profkit.load(run.path)
+    saved.ceilings = ceilings()
+    said = "".join(roofline_page.section(saved, "run"))
+    assert "ratio to it: time over floor" in said and "launch:" not in said and "of it: floor" not in said
+
+
+@pytest.mark.parametrize(
+    "wreck",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:100]),
+        lambda path: path.unlink(),
+        lambda path: pd.read_parquet(path).iloc[:0].to_parquet(path),
+    ],
+    ids=["cut", "gone", "empty"],
+)
+def test_work_that_is_lost_was_counted(run, wreck, tmp_path):
+    from profkit import roofline_page, text
+
+    profkit.load(run.path).save(tmp_path / "run")
+    wreck(tmp_path / "run" / "work.parquet")
+    saved = profkit.load(tmp_path / "run")
+    saved.ceilings = ceilings()
+    said = "".join(roofline_page.section(saved, "run"))
+    assert "Work was counted, and work.parquet is" in said and "not counted" not in said
+    assert list(text.report(saved))
+    done = command(str(tmp_path / "run"))
+    assert done.exit_code == 2 and "counted and is lost: work.parquet is" in done.stderr
+
+
+def test_without_marks_there_are_floors(run, tmp_path):
+    from test_report import Page
+
+    from profkit import report, text
+
+    whole = profkit.load(run.path)
+    whole.ceilings = ceilings()
+    whole.save(tmp_path / "run")
+    (tmp_path / "run" / "marks.parquet").unlink()
+    saved = profkit.load(tmp_path / "run")
+    page = Page(report.html_of([saved])).text
+    assert "How far from the limit cannot" not in page and "There are floors alone" in page and "nan" not in page
+    answers, wanted = saved.roofline(), whole.roofline()
+    assert answers.clock == "" and answers.stages["floor_ms"].to_dict() == wanted.stages["floor_ms"].to_dict()
+    assert answers.latencies == wanted.latencies
+    assert any("floor of TTFT" in one for one in text.limit_lines(saved))
+    saved.kept = None
+    assert roofline_text.as_dict(saved.roofline())["latency"]["ttft_ms"] is None
+
+
 def test_runs_are_compared_by_their_work(run):
     from profkit import comparison, comparison_text, report
 
