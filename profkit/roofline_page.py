@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 
@@ -147,15 +146,18 @@ def plot(found: Roofline) -> go.Figure:
             name=f"roof, {dtype}",
             hovertemplate=f"{roofline_text.amount(peak, 'FLOP/s')}, {bandwidth}<extra></extra>",
         )
-    # Points of nearly one intensity: their names stand left and right in turn.
-    places = itertools.cycle(("middle left", "middle right"))
+    xs, ys = np.log10(table["intensity"].to_numpy(float)), np.log10(rates.to_numpy(float))
+    roofs_x, roofs_y = (np.log10([value for one in fig.data for value in one[axis]]) for axis in "xy")
+    axes = ((roofs_x, xs), (roofs_y, ys))
+    decades = tuple(float(np.ptp([*roofs, *points, points[0]])) if len(points) else 1.0 for roofs, points in axes)
+    places = dict(zip(table.index, label_places([*map(str, table.index)], xs, ys, decades), strict=True))
     for stage, row in table.sort_values("intensity").iterrows():
         fig.add_scatter(
             x=[float(row["intensity"])],
             y=[float(rates[stage])],
             mode="markers+text",
             text=[str(stage)],
-            textposition=next(places),
+            textposition=places[stage],
             marker={"size": 11, "color": figures.colour_of(stage)},
             name=str(stage),
             hovertemplate=f"{stage}: %{{y:.3s}}FLOP/s, %{{x:.3g}} FLOPs a byte, {row['attained']:.0%} of what is "
@@ -164,6 +166,53 @@ def plot(found: Roofline) -> go.Figure:
     fig.update_xaxes(title="FLOPs a byte that must move", type="log", dtick=1)
     fig.update_yaxes(title="FLOP/s", type="log", dtick=1, exponentformat="SI")
     return figures.styled(fig, 420)
+
+
+PLOT = (700, 300)
+"""About what a plot's axes take, in pixels."""
+POINT, LETTER, LINE = 7, 8, 16
+PLACES = {
+    "middle right": (1, 0),
+    "middle left": (-1, 0),
+    "top center": (0, 1),
+    "bottom center": (0, -1),
+    "top right": (1, 1),
+    "bottom left": (-1, -1),
+    "top left": (-1, 1),
+    "bottom right": (1, -1),
+}
+"""Where a name may stand beside its point: plotly's word, and the way there."""
+
+
+def label_places(names: list[str], x: np.ndarray, y: np.ndarray, decades: tuple[float, ...]) -> list[str]:
+    """Return where each point's name stands so that it covers no point and no other name, if there is such a place.
+
+    `x` and `y` are logarithms, `decades` the width and the height of the plot in them.
+    """
+    at_x, at_y = (one * size / max(span, 1.0) for one, size, span in zip((x, y), PLOT, decades, strict=True))
+    taken = [(px - POINT, px + POINT, py - POINT, py + POINT) for px, py in zip(at_x, at_y, strict=True)]
+    found = []
+    for number, name in enumerate(names):
+        others = taken[:number] + taken[number + 1 :]
+        boxes = {place: _box(at_x[number], at_y[number], name, *way) for place, way in PLACES.items()}
+        best = min(boxes, key=lambda place: sum(_overlap(boxes[place], one) for one in others))
+        found.append(best)
+        taken.append(boxes[best])
+    return found
+
+
+def _box(x: float, y: float, name: str, right: int, up: int) -> tuple[float, float, float, float]:
+    """Return left, right, bottom and top of a name that stands on one side of a point."""
+    half_width, half_height = len(name) * LETTER / 2, LINE / 2
+    middle_x = x + right * (POINT + half_width)
+    middle_y = y + up * (POINT + half_height)
+    return middle_x - half_width, middle_x + half_width, middle_y - half_height, middle_y + half_height
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+    wide = min(one[1], other[1]) - max(one[0], other[0])
+    high = min(one[3], other[3]) - max(one[2], other[2])
+    return max(wide, 0.0) * max(high, 0.0)
 
 
 def _dtypes(found: Roofline, names: pd.Index) -> list[str]:

@@ -8,6 +8,7 @@ import json
 import math
 
 import builders
+import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
@@ -353,6 +354,22 @@ def test_the_report_has_a_point_for_each_stage(run):
         assert y == pytest.approx(table.loc[stage, "flops"] / table.loc[stage, "time_ms"] * 1e3)
     saved.work = None
     assert "Work was not counted" in Page(report.html_of([saved])).text
+
+
+def test_names_in_the_plot_cover_neither_points_nor_names():
+    from profkit import roofline_page as page
+
+    # Vision and prefill lie nearly in one place, the others around them.
+    names = ["vision", "prefill", "projector", "decode", "head"]
+    x, y = np.log10([142, 148, 69, 0.5, 0.496]), np.log10([50e9, 41e9, 67e9, 1.2e9, 2.3e9])
+    places = page.label_places(names, x, y, (5.0, 3.0))
+    at_x, at_y = x * page.PLOT[0] / 5, y * page.PLOT[1] / 3
+    boxes = [page._box(a, b, n, *page.PLACES[p]) for a, b, n, p in zip(at_x, at_y, names, places, strict=True)]
+    points = [(a - 5, a + 5, b - 5, b + 5) for a, b in zip(at_x, at_y, strict=True)]
+    for number, box in enumerate(boxes):
+        assert not any(page._overlap(box, one) for one in points)
+        assert not any(page._overlap(box, one) for one in boxes[:number])
+    assert page.label_places([], np.array([]), np.array([]), (1.0, 1.0)) == []
 
 
 def test_the_page_explains_the_columns_that_it_has(run):
