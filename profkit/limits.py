@@ -79,4 +79,4 @@ def of_model(
 
     found, notes = of_device(options["device"], again, progress)
     work, dtype = jobs.count(name, inputs, options, progress)
-    return roofline.answers(work, found, dtype), notes
+    return roofline.answers(work, found, dtype, media_tokens=work.about["media_tokens"]), notes

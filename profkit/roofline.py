@@ -254,7 +254,7 @@ def media_cost(
         (whole - without) / whole,
         slope * media_tokens / batch,
         cache / batch,
-        cache / limits.ceilings.bytes_per_s * 1e3,
+        cache / batch / limits.ceilings.bytes_per_s * 1e3,
     )
 
 
@@ -306,6 +306,9 @@ class Roofline:
     work: Work
     clock: str = ""
     """The clock that times are of: host or device; "" without."""
+    prompt_tokens: int = 0
+    media_tokens: int | None = None
+    """How many of the prompt's tokens are media; None where that is unknown."""
 
 
 def answers(
@@ -340,6 +343,8 @@ def answers(
         limits,
         work,
         str(clock),
+        prompt,
+        media_tokens,
     )
 
 

@@ -41,7 +41,7 @@ def section(run: Run, key: str) -> Iterator[str]:
     yield page.paragraph(
         f"{roofline_text.floor_meaning(found)}; ratio to it: time over floor; {roofline_text.NO_FORMULA}.", "note"
     )
-    yield page.paragraph(roofline_text.media_line(found.media))
+    yield page.paragraph(roofline_text.media_line(found))
     yield page.paragraph(line) if (line := roofline_text.energy_line(run.manifest.get("energy"))) else ""
     yield page.fold("Every step", [page.table(_readable(found.steps), STEPS)])
     if len(found.what_if):

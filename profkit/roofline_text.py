@@ -13,7 +13,7 @@ from rich.table import Table
 from profkit import doubts
 from profkit.ceilings import NOISY, Ceilings
 from profkit.directories import plain
-from profkit.roofline import MediaCost, Roofline
+from profkit.roofline import Roofline
 
 MOST_OPERATORS = 8
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
@@ -72,7 +72,7 @@ def report(found: Roofline) -> Iterator[Table | str]:
     if len(found.what_if):
         yield _what_if(found.what_if)
         yield "[dim]floors of a decode step, by arithmetic alone: nothing of this was run[/dim]"
-    yield media_line(found.media)
+    yield media_line(found)
     yield from _operators(found)
     yield f"[dim]{escape(how_counted(found))}[/dim]"
 
@@ -140,10 +140,16 @@ def _what_if(rows: pd.DataFrame) -> Table:
     return table
 
 
-def media_line(media: MediaCost | None) -> str:
-    """Return what media tokens cost, in a sentence."""
+def media_line(found: Roofline) -> str:
+    """Return how many tokens of the prompt are media and what they cost, in a sentence."""
+    media = found.media
+    if found.media_tokens is None or not found.prompt_tokens:
+        return "prompt: how many of its tokens are media is not known"
     if media is None:
-        return "prompt: how many of its tokens are media, or what they cost, is not known"
+        return (
+            f"prompt: {found.prompt_tokens - found.media_tokens} text and {found.media_tokens} media tokens; what "
+            "these cost is not known, as it does not follow from the counted steps"
+        )
     return (
         f"prompt: {media.text_tokens} text and {media.media_tokens} media tokens; the media make "
         f"{media.prefill_share:.0%} of the prefill's FLOPs ({amount(media.prefill_flops)}), and in every later step "
@@ -212,6 +218,8 @@ def as_dict(found: Roofline) -> dict[str, Any]:
             "steps": found.steps.to_dict(orient="records"),
             "latency": asdict(found.latencies),
             "what_if": {"analytic": True, "rows": found.what_if.to_dict(orient="records")},
+            "prompt_tokens": found.prompt_tokens or None,
+            "media_tokens": found.media_tokens,
             "media": None if found.media is None else {"analytic": True, **asdict(found.media)},
             "without_formula": found.without_formula.to_dict(orient="records"),
             "doubts": doubts.of(found),

@@ -133,7 +133,15 @@ def test_media_tokens_by_hand():
     # The cache grows by 1e7 bytes a token.
     assert cost.step_cache_bytes == 60 * 1e7 and cost.step_floor_ms == pytest.approx(6.0)
     assert roofline.media_cost(one, limits(), 100, None) is None
-    assert "40 text and 60 media" in roofline_text.media_line(cost)
+    found = roofline.answers(one, ceilings(), "bfloat16", media_tokens=60)
+    assert "not known" in roofline_text.media_line(found)
+    found = dataclasses.replace(found, prompt_tokens=100, media=cost)
+    assert "40 text and 60 media tokens; the media make" in roofline_text.media_line(found)
+    said = roofline_text.media_line(dataclasses.replace(found, media=None))
+    assert "40 text and 60 media tokens; what these cost is not known" in said
+    # Of two sequences each has half of the cache to read, and of its time.
+    half = roofline.media_cost(one, limits(), 100, 60, batch=2)
+    assert half.step_cache_bytes == 60 * 5e6 and half.step_floor_ms == pytest.approx(3.0)
 
 
 def test_operators_without_a_formula_have_their_share():

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import profkit
-from profkit import fakes, formulas, inspection, jobs, models, passes, samples, workload
+from profkit import fakes, formulas, inspection, jobs, models, passes, prompts, samples, workload
 from profkit.errors import InputError, MeasurementError
 from profkit.probes import sequences
 from profkit.work import FLOOR, QUANTITIES
@@ -185,6 +185,8 @@ def test_the_three_systems(name, monkeypatch):
     # The same from the preset alone, with parts that structure tells.
     made, _ = jobs.count(name, (), {**OPTIONS, "max_new_tokens": 3}, lambda what: None)
     assert made.stages()["flops"].to_dict() == real.stages()["flops"].to_dict()
+    media_tokens = prompts.media_tokens(loaded.model, kwargs, anatomy)
+    assert made.about["media_tokens"] == media_tokens > 0
 
 
 ZOO = ["florence2", "gemma3", "idefics3", "mllama", "qwen2_audio", "qwen3_5_moe", "voxtral"]
