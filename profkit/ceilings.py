@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,12 @@ from profkit.datasheets import Datasheet, datasheet
 from profkit.errors import InputError
 
 SCHEMA = 1
+KINDS: Mapping[str, Any] = {
+    **dict.fromkeys(("device", "device_name", "driver", "torch"), str),
+    "threads": int,
+    "measured_unix": int | float,
+    "notes": list | tuple,
+}
 NOISY = 0.05
 """A ceiling whose rounds lie further apart (p90 over p10 of the median) is called noisy."""
 
@@ -108,15 +115,29 @@ class Ceilings:
             values = {key: value for key, value in record.items() if key != "schema"}
             if record["schema"] != SCHEMA:
                 raise ValueError(f"schema {record['schema']}, this profkit reads {SCHEMA}")
-            values["flops_per_s"] = {name: Ceiling(**one) for name, one in record["flops_per_s"].items()}
+            values["flops_per_s"] = {name: _ceiling(name, one) for name, one in record["flops_per_s"].items()}
             for name in ("copy_bytes_per_s", "read_bytes_per_s", "launch_s"):
-                values[name] = Ceiling(**record[name])
+                values[name] = _ceiling(name, record[name])
             upload = record["upload_bytes_per_s"]
-            values["upload_bytes_per_s"] = None if upload is None else Ceiling(**upload)
-            values["notes"] = tuple(record["notes"])
+            values["upload_bytes_per_s"] = None if upload is None else _ceiling("upload_bytes_per_s", upload)
+            for name, kind in KINDS.items():
+                if isinstance(values[name], bool) or not isinstance(values[name], kind):
+                    raise TypeError(f"{name} is {values[name]!r}")
+            if not all(isinstance(one, str) for one in values["notes"]):
+                raise TypeError(f"notes are {values['notes']!r}")
+            values["notes"] = tuple(values["notes"])
             return cls(**values)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"These are no ceilings: {type(error).__name__}: {error}.") from error
+
+
+def _ceiling(name: str, record: Mapping[str, Any]) -> Ceiling:
+    """Return a recorded ceiling. Raises ValueError for what no clock can have measured."""
+    found = Ceiling(**record)
+    numbers = [found.median, found.p10, found.p90, found.rounds]
+    if not all(isinstance(one, int | float) and math.isfinite(one) and one > 0 for one in numbers):
+        raise ValueError(f"{name} is {dict(record)}")
+    return found
 
 
 def cache_folder() -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from profkit import fakes, formulas
+from profkit.errors import MeasurementError
 from profkit.ledger import Scope
 from profkit.work import QUANTITIES
 
@@ -33,6 +34,8 @@ IGNORED = {
 """Questions about a tensor, which move nothing of it."""
 PARTS = ("vision", "audio", "projector", "embed", "head")
 FLOPS, WEIGHTS, CACHE_READ, CACHE_WRITTEN, ACTIVATIONS, MOVED, OPERATORS = range(len(QUANTITIES))
+FOREIGN = -1
+"""The kind of a storage that the counted model must not touch."""
 
 
 @dataclass
@@ -49,6 +52,7 @@ class Tally:
 class Operator:
     """What is known of an operator before it runs: see Counter._look_up()."""
 
+    name: str
     tally: Tally
     decomposes: bool
     is_view: bool
@@ -63,7 +67,7 @@ class Memory:
     """A storage: what it holds, which part of the model made it, and what of it was used in the current step."""
 
     kind: int
-    """WEIGHTS, CACHE_READ or ACTIVATIONS: what reading it counts as."""
+    """WEIGHTS, CACHE_READ or ACTIVATIONS: what reading it counts as; or FOREIGN."""
     size: int
     alive: StorageWeakRef
     """As long as this is kept, no other storage can have the address."""
@@ -82,22 +86,29 @@ class Memory:
 
 
 class Counter(TorchDispatchMode):
-    """Counts, while it is active, QUANTITIES of the operators of this thread; `tick()` takes the sums as they stand."""
+    """Counts, while it is active, QUANTITIES of the operators of this thread; `tick()` takes the sums as they stand.
+
+    `original` is the model of which `model` is a copy: an operator that meets its weights raises MeasurementError.
+    """
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, original: nn.Module | None = None) -> None:
         super().__init__()
         self.ticks: list[list[int]] = []
         self.operators: dict[str, Tally] = {}
+        self.packed: set[str] = set()
+        """Operators that were given weights packed into an object, whose bytes nothing tells."""
         self._sums = [0] * len(QUANTITIES)
         self._known: dict[Any, Operator] = {}
         self._formulas = formulas.known()
         self._memory: dict[int, Memory] = {}
         self._part, self._step, self._has_cache = [""], 0, False
-        for one in (*model.parameters(), *model.buffers()):
-            for memory in self._memory_of(one):
-                memory.kind = WEIGHTS
+        # The model itself comes last: what it shares with the original is its own.
+        for owner, kind in ((original, FOREIGN), (model, WEIGHTS)):
+            for one in _kept_by(owner) if owner is not None else ():
+                for memory in self._memory_of(one):
+                    memory.kind = kind
 
     def tick(self) -> int:
         """Keep the sums as they stand and return their number: a clock whose time is work."""
@@ -125,8 +136,13 @@ class Counter(TorchDispatchMode):
 
         return wrap
 
+    def hold_cache(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Take in a cache that is given filled: what it holds was written before, and is read."""
+        for memory in [memory for one in tensors for memory in self._memory_of(one)]:
+            memory.kind, self._has_cache = CACHE_READ, True
+
     def note_cache(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Take in what the cache holds as a pass of the decoder ends; if it is the first, all of it was written."""
+        """Take in what the cache holds as a pass of the decoder ends; a first one was written as a whole."""
         for memory in self._memory.values():
             if memory.kind == CACHE_READ:
                 memory.kind = ACTIVATIONS
@@ -173,6 +189,7 @@ class Counter(TorchDispatchMode):
         composite = formula is None and schema is not None and packet is not DEVICE
         composite = composite and (COMPOSITE in func.py_kernels or func.has_kernel_for_dispatch_key(COMPOSITE))
         found = self._known[func] = Operator(
+            name,
             self.operators.setdefault(name, Tally(formula)),
             composite,
             packet in IGNORED or bool(getattr(func, "is_view", False)),
@@ -195,6 +212,8 @@ class Counter(TorchDispatchMode):
         grown = held = 0
         reordered = False
         for place, value in enumerate((*args, *kwargs.values())):
+            if isinstance(value, torch.ScriptObject):
+                self.packed.add(known.name)
             for tensor in _tensors_in(value):
                 rows, written = known.reads_rows and place == 0, place in known.written
                 size = made_bytes if rows else tensor.nbytes
@@ -203,6 +222,10 @@ class Counter(TorchDispatchMode):
                     size = size // tensor.shape[0] * min(tensor.shape[0], args[0].shape[0])
                 moved += size
                 for memory in self._memory_of(tensor):
+                    if memory.kind == FOREIGN:
+                        raise MeasurementError(
+                            "a function that was put over a method of the model runs the model itself, not its copy"
+                        )
                     if rows and memory.kind == CACHE_READ:
                         # Beams are put in another order: it stays what it is, and a cache that is paged need not move.
                         reordered = True
@@ -241,6 +264,14 @@ class Counter(TorchDispatchMode):
         more = min(size, memory.size - memory.counted)
         memory.counted += more
         self._sums[memory.kind] += more
+
+
+def _kept_by(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield a model's parameters, buffers, and the tensors that its modules keep as plain attributes."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        yield from (one for one in vars(module).values() if isinstance(one, torch.Tensor))
 
 
 def _part_of(scope: Scope) -> str:

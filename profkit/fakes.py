@@ -6,6 +6,7 @@ Ids, masks and pixels stay real, so that generate() takes the way that it takes;
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,9 +37,21 @@ def without_weights(model: nn.Module, device: torch.device | None = None) -> nn.
         if id(tensor) not in memo:
             memo[id(tensor)] = _fake(mode, tensor, device)
     try:
-        return copy.deepcopy(model, memo)
+        made = copy.deepcopy(model, memo)
+        _rebind(made)
+        return made
     except Exception as error:
         raise MeasurementError(f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}") from error
+
+
+def _rebind(made: nn.Module) -> None:
+    """Take compiled methods off a copy: deepcopy() leaves functions as they are, and they would run the original."""
+    for module in made.modules():
+        for name, value in list(vars(module).items()):
+            inner = getattr(value, "_torchdynamo_orig_callable", None)
+            method = getattr(type(module), name, None)
+            if inspect.ismethod(inner) and inner.__func__ is method:
+                del module.__dict__[name]
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:

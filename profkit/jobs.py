@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +163,7 @@ def count(name: str, inputs: Sequence[str], options: Options, progress: Report) 
     """Count a model's work without running it, nor reading its weights; return it, and the model's dtype."""
     import torch
 
-    from profkit import fakes, models, passes, structure, workload
+    from profkit import fakes, models, passes, prompts, structure, workload
 
     progress(f"making {name} without weights")
     dtype, remote = models.DTYPES.get(options["dtype"]), options["trust_remote_code"]
@@ -171,6 +171,8 @@ def count(name: str, inputs: Sequence[str], options: Options, progress: Report) 
     made = options["weights"] != "real" and ":" not in name
     device, weights = (torch.device("meta"), "random") if made else (torch.device("cpu"), options["weights"])
     loaded = models.load_model(name, device, dtype, weights, remote)
+    if options["attention"]:
+        models.choose_attention(loaded.model, options["attention"])
     if made:
         loaded.model = fakes.without_weights(loaded.model)
     sample = _sample(loaded, inputs, options)
@@ -180,6 +182,9 @@ def count(name: str, inputs: Sequence[str], options: Options, progress: Report) 
     anatomy = structure.find(loaded.model, parse_parts(options["part"]))
     tokens = options["max_new_tokens"] if loaded.generate_kwargs is None else None
     found = workload.count(loaded.model, kwargs, anatomy, new_tokens=tokens)
+    config, read = getattr(loaded.model, "config", None), found.about["prompt_tokens"]
+    media_tokens = prompts.media_tokens_by_ids(config, kwargs.get("input_ids", kwargs.get("inputs")), read)
+    found = replace(found, about={**found.about, "media_tokens": media_tokens})
     return found, str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
 
 

@@ -19,14 +19,16 @@ Report = Callable[[str], object]
 def of_device(name: str, again: bool, progress: Report) -> tuple[Ceilings, list[str]]:
     """Return the ceilings of a device of this machine, kept or measured now, and what a reader must know."""
     progress("importing torch")
-    from profkit import models, stress
+    from profkit import environment, models, stress
 
     device = models.choose_device(name)
     path, notes = stress.file_of(device), []
     if not again:
         found, damage = ceilings.read(path)
-        if found is not None:
+        if found is not None and found.device_name == environment.device_name(device):
             return found, []
+        if found is not None:
+            damage = f"{path} holds the ceilings of {found.device_name}, so it is not used"
         notes = [damage] if damage else []
     found = stress.measured(device, progress)
     kept = ceilings.write(found, path)
@@ -45,6 +47,7 @@ def of_run(run: Run, again: bool, progress: Report) -> tuple[Ceilings, list[str]
     threads = int(about.get("threads") or 0)
     kept = ceilings.kept_for(str(about.get("device_name")), str(versions.get("torch")), threads)
     found, notes = (kept, []) if kept is not None and not again else _measured_for(about, threads, again, progress)
+    notes = [*(one for one in run.unreadable if "ceilings.json" in one), *notes]
     if run.path is not None:
         said = ceilings.write(found, run.path / "ceilings.json")
         notes += [said] if said else []
@@ -76,4 +79,4 @@ def of_model(
 
     found, notes = of_device(options["device"], again, progress)
     work, dtype = jobs.count(name, inputs, options, progress)
-    return roofline.answers(work, found, dtype), notes
+    return roofline.answers(work, found, dtype, media_tokens=work.about["media_tokens"]), notes

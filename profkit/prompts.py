@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from profkit.environment import preserved_random_state
 from profkit.wrapping import Wrappers
 
 INPUTS = ("inputs_embeds", "hidden_states")
+PLACEHOLDER = re.compile(r"(image|video|audio|event)_token_(id|index)")
 
 
 class PromptWatch:
@@ -79,6 +81,21 @@ def media_tokens(model: nn.Module, generate_kwargs: Mapping[str, Any], anatomy: 
     with preserved_random_state(), PromptWatch(model, anatomy) as watch:
         model.generate(**kwargs)  # type: ignore[operator]
     return watch.media_tokens()
+
+
+def media_tokens_by_ids(config: Any, ids: Any, prompt_tokens: int) -> int | None:
+    """Return how many of the decoder's `prompt_tokens` stand for media, from ids alone; None if that is unknown.
+
+    Ids are placeholders where the configuration says so, or where they are negative; what is no placeholder is text,
+    and all else that the decoder read is media, whether a placeholder stands for one token or for all of an image.
+    """
+    if not _are_ids(ids) or ids.dim() != 2 or not prompt_tokens:
+        return None
+    told = config.to_dict() if hasattr(config, "to_dict") else {}
+    known = [number for key, number in told.items() if PLACEHOLDER.fullmatch(key) and isinstance(number, int)]
+    stands = (ids[0] < 0) | torch.isin(ids[0], torch.tensor(known, dtype=ids.dtype, device=ids.device))
+    media = prompt_tokens - int((~stands).sum())
+    return media if stands.any() and media >= 0 else None
 
 
 def _module(model: nn.Module, path: str | None) -> nn.Module | None:

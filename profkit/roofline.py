@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,12 +45,25 @@ class Limits:
     def of(cls, ceilings: Ceilings, work: Work, dtype: str) -> Limits:
         """Return the limits for a model whose weights mostly have `dtype`; parts of another one keep theirs."""
         rows = work.parts.to_dict(orient="records")
-        own = {str(row["role"]): str(row["dtype"]) for row in rows if row["dtype"] in ceilings.flops_per_s}
+        # Whole numbers are a way of keeping weights, not of computing with them.
+        own = {str(row["role"]): str(row["dtype"]) for row in rows if re.fullmatch(r"b?float\w+", str(row["dtype"]))}
         return cls(ceilings, dtype, {name: own[role] for name, role in ROLE_OF_STAGE.items() if role in own})
 
     def flops_per_s(self, names: pd.Series) -> np.ndarray:
         """Return the measured FLOP/s for each of these stages, NaN where its dtype was not measured."""
-        return np.array([self.ceilings.peak(self.of_stage.get(str(name), self.dtype)) for name in names], dtype=float)
+        return np.array([self.ceilings.peak(self.dtype_of(str(name))) for name in names], dtype=float)
+
+    def dtype_of(self, stage: str) -> str:
+        """Return the dtype that a stage computes in."""
+        return self.of_stage.get(stage, self.dtype)
+
+    def unmeasured(self, by_stage: pd.DataFrame) -> dict[str, list[str]]:
+        """Return the dtypes without a ceiling, with the stages that have FLOPs in them."""
+        found: dict[str, list[str]] = {}
+        for name in map(str, by_stage.index[by_stage["flops"] > 0]):
+            if self.dtype_of(name) not in self.ceilings.flops_per_s:
+                found.setdefault(self.dtype_of(name), []).append(name)
+        return found
 
 
 def floors(work: Work, limits: Limits) -> pd.DataFrame:
@@ -73,13 +88,19 @@ def floors(work: Work, limits: Limits) -> pd.DataFrame:
 SUMMED = [*QUANTITIES, "bytes", "compute_ms", "memory_ms", "floor_ms", "launch_ms"]
 
 
+def _summed(table: pd.DataFrame, key: str) -> pd.DataFrame:
+    """Return SUMMED by a column; a sum of which one term is not known is not known."""
+    grouped = table.groupby(key, sort=False)
+    return grouped[SUMMED].sum().assign(compute_ms=grouped["compute_ms"].agg(lambda each: each.sum(skipna=False)))
+
+
 def stage_table(work: Work, limits: Limits, times_ms: pd.Series | None = None) -> pd.DataFrame:
     """Return a row a stage with work: time_ms, FLOPs and bytes, and the answers.
 
     `times_ms` has the measured time of each stage; without it, the answers that need one are NaN. Columns: time_ms,
     SUMMED, then those of answered().
     """
-    sums = floors(work, limits).groupby("stage", sort=False)[SUMMED].sum()
+    sums = _summed(floors(work, limits), "stage")
     sums = sums.reindex([name for name in stages.NAMES if name in sums.index])
     time_ms = np.nan if times_ms is None else times_ms.reindex(sums.index)
     sums.insert(0, "time_ms", time_ms)
@@ -92,8 +113,7 @@ def step_table(work: Work, limits: Limits, times_ms: np.ndarray | None = None) -
 
     `mbu` is that of Databricks: weight and cache bytes over the time of an output token, over bytes/s.
     """
-    grouped = floors(work, limits).groupby("step", sort=True)
-    sums = grouped[SUMMED].sum()
+    sums = _summed(floors(work, limits), "step").sort_index()
     sums.insert(0, "time_ms", np.nan)
     if times_ms is not None:
         at = sums.index[(sums.index >= 0) & (sums.index < len(times_ms))]
@@ -108,7 +128,8 @@ def answered(table: pd.DataFrame, flops_per_s: Any, bytes_per_s: float) -> pd.Da
 
     intensity: FLOPs a byte. mfu: FLOPs over time and peak FLOP/s (PaLM, arXiv 2204.02311). mbu: weight and cache bytes
     over time and peak bytes/s (Databricks). attained: floor over time, that is FLOP/s over those attainable at this
-    intensity; ratio is its inverse. binds: the limit that makes the floor, "" without one.
+    intensity; ratio is its inverse. binds: the limit that makes the floor, "" without one, and where the FLOP/s were
+    not measured.
     """
     seconds = table["time_ms"] / 1e3
     needed = table["weight_bytes"] + table["cache_read_bytes"] + table["cache_written_bytes"]
@@ -119,7 +140,14 @@ def answered(table: pd.DataFrame, flops_per_s: Any, bytes_per_s: float) -> pd.Da
             mbu=needed / seconds / bytes_per_s,
             attained=table["floor_ms"] / table["time_ms"],
             ratio=table["time_ms"] / table["floor_ms"].where(table["floor_ms"] > 0),
-            binds=np.select([table["floor_ms"] <= 0, table["compute_ms"] > table["memory_ms"]], ["", COMPUTE], MEMORY),
+            binds=np.select(
+                [
+                    (table["floor_ms"] <= 0) | table["compute_ms"].isna(),
+                    table["compute_ms"] > table["memory_ms"],
+                ],
+                ["", COMPUTE],
+                MEMORY,
+            ),
         )
 
 
@@ -146,15 +174,16 @@ def what_if(work: Work, limits: Limits, batch: int = 1) -> pd.DataFrame:
 
     Columns: bits (of a weight; the first row's are those the model has), batch, floor_ms, tokens_per_s, binds, times
     (tokens/s over those of the model as it is). FLOPs, cache and activations grow with the batch, weights do not; fewer
-    bits shrink the weights alone, and compute stays in the model's dtype, as with weight-only quantisation.
+    bits shrink the weights alone, and compute stays in the model's dtype, as with weight-only quantisation. Nothing
+    where the bytes of the weights or the FLOP/s of their dtype are not known.
     """
     middle = work.table[work.table["phase"] == "decode"]
-    if not len(middle):
+    peak, bytes_per_s = limits.ceilings.peak(limits.dtype_of("decode")), limits.ceilings.bytes_per_s
+    if not len(middle) or math.isnan(peak) or work.about.get("packed"):
         return pd.DataFrame(columns=["bits", "batch", "floor_ms", "tokens_per_s", "binds", "times"])
     steps = middle["step"].nunique()
     flops, weights = middle["flops"].sum() / steps, middle["weight_bytes"].sum() / steps
     others = with_bytes(middle)["bytes"].sum() / steps - weights
-    peak, bytes_per_s = limits.ceilings.peak(limits.dtype), limits.ceilings.bytes_per_s
     own_bits = 32 if limits.dtype == "float32" else 16
     fewer = BITS if _has_plain_weights(work) else ()
     chosen = [(own_bits, one) for one in sorted({batch, *BATCHES})] + [
@@ -225,7 +254,7 @@ def media_cost(
         (whole - without) / whole,
         slope * media_tokens / batch,
         cache / batch,
-        cache / limits.ceilings.bytes_per_s * 1e3,
+        cache / batch / limits.ceilings.bytes_per_s * 1e3,
     )
 
 
@@ -277,6 +306,9 @@ class Roofline:
     work: Work
     clock: str = ""
     """The clock that times are of: host or device; "" without."""
+    prompt_tokens: int = 0
+    media_tokens: int | None = None
+    """How many of the prompt's tokens are media; None where that is unknown."""
 
 
 def answers(
@@ -311,6 +343,8 @@ def answers(
         limits,
         work,
         str(clock),
+        prompt,
+        media_tokens,
     )
 
 

@@ -10,9 +10,10 @@ import pandas as pd
 from rich.markup import escape
 from rich.table import Table
 
+from profkit import doubts
 from profkit.ceilings import NOISY, Ceilings
 from profkit.directories import plain
-from profkit.roofline import MediaCost, Roofline
+from profkit.roofline import Roofline
 
 MOST_OPERATORS = 8
 PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"))
@@ -51,47 +52,57 @@ def ceilings_report(found: Ceilings) -> Iterator[Table | str]:
         yield "[dim]no datasheet of this device is known to profkit[/dim]"
     else:
         yield f"[dim]datasheet: {escape(found.datasheet.source)}[/dim]"
-    if any(one.spread > NOISY for _, _, one, _ in found.rows()):
-        yield f"[yellow]noisy: rounds lie further apart than {NOISY:.0%}; measure again on a quiet machine[/yellow]"
+    for doubt in doubts.of_ceilings(found):
+        yield f"[yellow]{escape(doubt)}[/yellow]"
     for note in found.notes:
         yield f"[yellow]note: {escape(note)}[/yellow]"
 
 
 def report(found: Roofline) -> Iterator[Table | str]:
     """Yield the answers: stages, steps, latency, what would change, media tokens, what has no formula."""
-    yield _stages(found)
+    yield from _stages(found)
     clock = {"": "no times: nothing was run", "host": "host clock", "device": "device clock"}[found.clock]
     yield f"[dim]{clock}; {escape(meanings(found))}[/dim]"
+    noisy = list(doubts.of_ceilings(found.limits.ceilings))  # which stands by the ceilings
+    for doubt in doubts.of(found):
+        if doubt not in noisy:
+            yield f"[yellow]{escape(doubt)}[/yellow]"
     yield from _steps(found)
     yield _latency_line(found)
     if len(found.what_if):
         yield _what_if(found.what_if)
         yield "[dim]floors of a decode step, by arithmetic alone: nothing of this was run[/dim]"
-    yield media_line(found.media)
+    yield media_line(found)
     yield from _operators(found)
     yield f"[dim]{escape(how_counted(found))}[/dim]"
 
 
-def _stages(found: Roofline) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("stage", no_wrap=True)
-    timed = bool(found.clock)
-    names = (*["ms"] * timed, "FLOPs", "bytes", "FLOP/B", *["MFU", "MBU"] * timed, "floor ms", *["of it"] * timed)
-    silent = bool(found.stages["no_formula"].notna().any())
-    for name in (*names, "binds", "launch ms", *["no formula"] * silent):
-        table.add_column(name, justify="right", no_wrap=True)
-    for stage, row in found.stages.iterrows():
-        cells = [
-            *[_ms(row["time_ms"])] * timed,
-            *(amount(row["flops"]), amount(row["bytes"], "B"), _number(row["intensity"])),
-            *([_share(row["mfu"]), _share(row["mbu"])] if timed else []),
-            _ms(row["floor_ms"]),
-            *[_share(row["attained"])] * timed,
-        ]
-        table.add_row(
-            str(stage), *cells, row["binds"] or "–", _ms(row["launch_ms"]), *[_share(row["no_formula"])] * silent
-        )
-    return table
+def _stages(found: Roofline) -> Iterator[Table]:
+    """Yield a row a stage; where there are times, in two tables, so that 80 columns hold their figures."""
+    work = {
+        "FLOPs": lambda row: amount(row["flops"]),
+        "bytes": lambda row: amount(row["bytes"], "B"),
+        "FLOP/B": lambda row: _number(row["intensity"]),
+        "launch ms": lambda row: _ms(row["launch_ms"]),
+    }
+    limit = {"floor ms": lambda row: _ms(row["floor_ms"]), "binds": lambda row: row["binds"] or "–"}
+    times = {
+        "ms": lambda row: _ms(row["time_ms"]),
+        **limit,
+        "of it": lambda row: _share(row["attained"]),
+        "MFU": lambda row: _share(row["mfu"]),
+        "MBU": lambda row: _share(row["mbu"]),
+    }
+    if found.stages["no_formula"].notna().any():
+        times["no formula"] = lambda row: _share(row["no_formula"])
+    for columns in (times, work) if found.clock else ({**work, **limit},):
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("stage", no_wrap=True)
+        for name in columns:
+            table.add_column(name, justify="right", no_wrap=True)
+        for stage, row in found.stages.iterrows():
+            table.add_row(str(stage), *(cell(row) for cell in columns.values()))
+        yield table
 
 
 def _steps(found: Roofline) -> Iterator[str]:
@@ -129,10 +140,16 @@ def _what_if(rows: pd.DataFrame) -> Table:
     return table
 
 
-def media_line(media: MediaCost | None) -> str:
-    """Return what media tokens cost, in a sentence."""
+def media_line(found: Roofline) -> str:
+    """Return how many tokens of the prompt are media and what they cost, in a sentence."""
+    media = found.media
+    if found.media_tokens is None or not found.prompt_tokens:
+        return "prompt: how many of its tokens are media is not known"
     if media is None:
-        return "prompt: how many of its tokens are media, or what they cost, is not known"
+        return (
+            f"prompt: {found.prompt_tokens - found.media_tokens} text and {found.media_tokens} media tokens; what "
+            "these cost is not known, as it does not follow from the counted steps"
+        )
     return (
         f"prompt: {media.text_tokens} text and {media.media_tokens} media tokens; the media make "
         f"{media.prefill_share:.0%} of the prefill's FLOPs ({amount(media.prefill_flops)}), and in every later step "
@@ -156,12 +173,20 @@ def _operators(found: Roofline) -> Iterator[str]:
     yield f"no FLOP formula: {len(rows)} operators{share}: {escape(said + rest)}"
 
 
+NO_FORMULA = "no formula: share of the operators' time that counts as no FLOP"
+
+
+def floor_meaning(found: Roofline) -> str:
+    """Return what a floor is, and in which FLOP/s: each stage's own."""
+    dtypes = dict.fromkeys(found.limits.dtype_of(str(name)) for name in found.stages.index[found.stages["flops"] > 0])
+    return f"floor: the higher of FLOPs over {' or '.join(dtypes)} FLOP/s and bytes over B/s, as measured here"
+
+
 def meanings(found: Roofline) -> str:
     """Return what the columns of the stages mean, in a sentence."""
     return (
-        f"floor: the higher of FLOPs over {found.limits.dtype} FLOP/s and bytes over B/s, as measured here; of it: "
-        "floor over time, ratio its inverse; launch: as many operators, one by one, from the host; no formula: share "
-        "of the operators' time that counts as no FLOP."
+        f"{floor_meaning(found)}; of it: floor over time; launch: as many operators, one by one, from the host; "
+        f"{NO_FORMULA}."
     )
 
 
@@ -193,8 +218,11 @@ def as_dict(found: Roofline) -> dict[str, Any]:
             "steps": found.steps.to_dict(orient="records"),
             "latency": asdict(found.latencies),
             "what_if": {"analytic": True, "rows": found.what_if.to_dict(orient="records")},
+            "prompt_tokens": found.prompt_tokens or None,
+            "media_tokens": found.media_tokens,
             "media": None if found.media is None else {"analytic": True, **asdict(found.media)},
             "without_formula": found.without_formula.to_dict(orient="records"),
+            "doubts": doubts.of(found),
             "parts": found.work.parts.to_dict(orient="records"),
             "counted": dict(found.work.about),
             "ceilings": found.limits.ceilings.to_record(),

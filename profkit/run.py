@@ -22,6 +22,7 @@ from profkit import (
     corrections,
     device_tables,
     roofline,
+    run_work,
     saved_tables,
     stages,
     stats,
@@ -178,25 +179,20 @@ class Run:
         return tables.latency(shown, first.get("batch") or 1, first.get("new_tokens"), pooled_ms)
 
     def check_work(self) -> Work:
-        """Return the work of this run. Raises InputError if it was not counted."""
-        if self.work is None:
-            raise InputError("The work of this run was not counted: trace it again, without --no-work.")
-        return self.work
+        """Return the work of this run. Raises InputError if it was not counted, or cannot be read."""
+        return run_work.counted(self)
+
+    def damage_of(self, file: str) -> str:
+        """Return what was wrong with a file of the saved run, in a sentence; "" if nothing was."""
+        return next((one for one in self.unreadable if file in one), "")
 
     def roofline(self, known: Ceilings | None = None) -> roofline.Roofline:
         """Return how far each stage and step is from the limit, with these ceilings or those that the run holds.
 
-        Raises InputError for a run whose work was not counted, or without ceilings.
+        Without the marks of its passes there are floors, and no times of stages and steps. Raises InputError for a run
+        whose work was not counted, or without ceilings.
         """
-        work, limits = self.check_work(), known or self.ceilings
-        if limits is None:
-            raise InputError(
-                "The ceilings of this run's device are not known: measure them there, by profkit roofline."
-            )
-        call, dtype = (self.manifest.get("calls") or [{}])[0], str(self.manifest.get("dtype"))
-        counts: dict[str, Any] = {"batch": call.get("batch") or 1, "media_tokens": self.manifest.get("media_tokens")}
-        passed: dict[str, Any] = {"spans": self.representative, "latency": self.latency(), "operators": self.operators}
-        return roofline.answers(work, limits, dtype, **passed, **counts)
+        return run_work.roofline_of(self, known)
 
     def overhead(self) -> float:
         """Return clean over control time of generate(), the median of pairs; NaN without controls."""
@@ -352,7 +348,7 @@ def _read(folder: Path, manifest: dict[str, Any]) -> Run:
     if run.memory is not None:
         run.memory = run.memory.set_index("stage")
     record = manifest.pop("work", None)
-    if record is not None and (table := saved_tables.read(folder / "work.parquet", unreadable)) is not None:
+    if record is not None and (table := saved_tables.work(folder, unreadable)) is not None:
         run.work = Work.from_record(record, table)
     run.ceilings, damage = ceilings.read(folder / "ceilings.json")
     unreadable += [damage] if damage else []

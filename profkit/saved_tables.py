@@ -89,6 +89,17 @@ def read(path: Path, unreadable: list[str]) -> pd.DataFrame | None:
     return found.assign(**{name: "" if name in shape.texts else float("nan") for name in lacking})
 
 
+def work(folder: Path, unreadable: list[str]) -> pd.DataFrame | None:
+    """Return the table of a run's counted work; None, which is said, if the file is gone, empty or damaged."""
+    path = folder / "work.parquet"
+    found = read(path, unreadable)
+    if found is not None and len(found):
+        return found
+    if found is not None or not path.exists():
+        unreadable.append(f"{path.name} {'is gone' if found is None else 'is empty'}, so the counted work is missing")
+    return None
+
+
 def kept(folder: Path, latency: Mapping[str, Any] | None, unreadable: list[str]) -> Kept:
     """Return what was saved of the clean passes beside their marks; `latency` is what the manifest tells of it."""
     tables = {name: read(folder / f"{name}.parquet", unreadable) for name in ("stages", "steps", "modules")}

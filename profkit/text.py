@@ -11,7 +11,7 @@ import pandas as pd
 from rich.markup import escape
 from rich.table import Table
 
-from profkit import stages
+from profkit import doubts, stages
 from profkit.anatomy import Anatomy
 from profkit.checks import kept_verdicts
 from profkit.directories import plain
@@ -186,10 +186,13 @@ def limit_lines(run: Run) -> Iterator[str]:
         return
     flops, moved = (float(run.work.total()[name]) for name in ("flops", "bytes"))
     said = f"work: {flops / 1e9:.4g} GFLOP, at least {moved / 1e6:.4g} MB to move"
-    if run.ceilings is not None:
-        one = run.roofline().latencies
+    found = None if run.ceilings is None else run.roofline()
+    if found is not None:
+        one = found.latencies
         said += f"; floor of TTFT {_ms(one.ttft_floor_ms)} ms, of TPOT {_ms(one.tpot_floor_ms)} ms"
     yield f"{said} [dim](profkit roofline RUN says how far each stage is from its limit)[/dim]"
+    for doubt in () if found is None else doubts.of(found):
+        yield f"[yellow]{escape(doubt)}[/yellow]"
 
 
 def pace_lines(run: Run) -> Iterator[str]:

@@ -120,15 +120,18 @@ class Counting:
             self.operators, self.about["prompt_tokens"] = operators, prompt_tokens
 
     def _table(self, model: nn.Module, kwargs: Mapping[str, Any]) -> pd.DataFrame:
-        counter, scopes = Counter(model), Scopes()
+        original = self.model if model is not self.model else None
+        counter, scopes = Counter(model, original), Scopes()
         ledger = Ledger(scopes, now=counter.tick)
         follow = counter.following(scopes.list)
         instrument = Instrument(model, self.anatomy, ledger, self.granularity, None, follow, counter.begin_step)
         # A cache given by the user would remember this pass in the next one.
         fresh = {key: copy.deepcopy(value) if key == "past_key_values" else value for key, value in kwargs.items()}
+        counter.hold_cache(_filled(fresh.get("past_key_values")))
         with _eagerly(model), _watching_cache(model, self.anatomy, counter), instrument, counter:
             model.generate(**fresh)  # type: ignore[operator]
         self.operators = operator_table(counter)
+        self.about["packed"] = sorted(counter.packed)
         sums = np.array(counter.ticks, dtype=np.int64).reshape(-1, len(QUANTITIES))
         spans = Spans(ledger.marks(), scopes.list)
         self.about["prompt_tokens"] = int(np.maximum(spans.steps.tokens[spans.steps.prefill], 0).sum())
@@ -203,6 +206,13 @@ def _eagerly(model: nn.Module) -> AbstractContextManager[object]:
     if not compiled and device_of(model).type == "cpu":
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
+
+
+def _filled(given: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a cache that holds tokens: one made ahead of them may have room for them only."""
+    length = getattr(given, "get_seq_length", None)
+    if length is None or int(length()):
+        yield from cache.tensors_of(given)
 
 
 @contextmanager

@@ -89,7 +89,23 @@ def test_they_are_kept_by_device_driver_and_version(tmp_path, monkeypatch):
     assert kept.kept_for("A processor", "2.x", threads=5) is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"schema": 1}', '{"schema": 99}', "\x00"])
+def spoilt(**changes):
+    return json.dumps({**ceilings().to_record(), **changes})
+
+
+def rate(**changes):
+    return {"median": 1e9, "p10": 1e9, "p90": 1e9, "rounds": 3, **changes}
+
+
+SPOILT = [
+    *(spoilt(copy_bytes_per_s=rate(median=one)) for one in ("fast", None, 0, -1, float("nan"), float("inf"))),
+    *(spoilt(flops_per_s=one) for one in ({"float32": rate(p90=None)}, {"float32": 1e12}, [])),
+    *(spoilt(device_name=5), spoilt(threads="many"), spoilt(measured_unix="x"), spoilt(notes=[1]), spoilt(notes="a")),
+    *(spoilt(upload_bytes_per_s=rate(rounds=0)), spoilt(launch_s=rate(more=1))),
+]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"schema": 1}', '{"schema": 99}', "\x00", *SPOILT])
 def test_a_damaged_file_is_said_and_measured_again(text, tmp_path, monkeypatch):
     path = tmp_path / "ceilings.json"
     path.write_text(text)
@@ -99,6 +115,16 @@ def test_a_damaged_file_is_said_and_measured_again(text, tmp_path, monkeypatch):
     monkeypatch.setattr(stress, "measured", lambda device, progress: ceilings())
     done = CliRunner().invoke(cli, ["roofline", "--device", "cpu"], env={"COLUMNS": "200"})
     assert done.exit_code == 0 and "damaged" in done.stdout
+    assert kept.read(path)[0] == ceilings()
+
+
+def test_those_of_another_device_are_said_and_measured_again(tmp_path, monkeypatch):
+    path = tmp_path / "ceilings.json"
+    kept.write(ceilings(device_name="Elsewhere 9000"), path)
+    monkeypatch.setattr(stress, "file_of", lambda device: path)
+    monkeypatch.setattr(stress, "measured", lambda device, progress: ceilings())
+    done = CliRunner().invoke(cli, ["roofline", "--device", "cpu"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0 and "holds the ceilings of Elsewhere 9000" in done.stdout
     assert kept.read(path)[0] == ceilings()
 
 

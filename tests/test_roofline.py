@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import math
 
 import builders
+import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 import profkit
-from profkit import roofline, roofline_text
+from profkit import doubts, roofline, roofline_text
 from profkit.ceilings import Ceiling, Ceilings
 from profkit.cli import cli
 from profkit.errors import InputError
@@ -129,7 +133,15 @@ def test_media_tokens_by_hand():
     # The cache grows by 1e7 bytes a token.
     assert cost.step_cache_bytes == 60 * 1e7 and cost.step_floor_ms == pytest.approx(6.0)
     assert roofline.media_cost(one, limits(), 100, None) is None
-    assert "40 text and 60 media" in roofline_text.media_line(cost)
+    found = roofline.answers(one, ceilings(), "bfloat16", media_tokens=60)
+    assert "not known" in roofline_text.media_line(found)
+    found = dataclasses.replace(found, prompt_tokens=100, media=cost)
+    assert "40 text and 60 media tokens; the media make" in roofline_text.media_line(found)
+    said = roofline_text.media_line(dataclasses.replace(found, media=None))
+    assert "40 text and 60 media tokens; what these cost is not known" in said
+    # Of two sequences each has half of the cache to read, and of its time.
+    half = roofline.media_cost(one, limits(), 100, 60, batch=2)
+    assert half.step_cache_bytes == 60 * 5e6 and half.step_floor_ms == pytest.approx(3.0)
 
 
 def test_operators_without_a_formula_have_their_share():
@@ -153,8 +165,50 @@ def test_operators_without_a_formula_have_their_share():
 
 def test_a_dtype_that_was_not_measured_has_no_answer():
     table = roofline.stage_table(work(), limits("float64"), pd.Series({"decode": 40.0}))
-    assert math.isnan(table.loc["decode", "mfu"]) and table.loc["decode", "binds"] == "memory"
+    assert math.isnan(table.loc["decode", "mfu"]) and table.loc["decode", "binds"] == ""
     assert table.loc["decode", "floor_ms"] == pytest.approx(22.3)
+    # The tower is float32, which was measured: 2e9 FLOPs at 100 GFLOP/s.
+    assert table.loc["vision", "binds"] == "compute" and table.loc["vision", "floor_ms"] == pytest.approx(20)
+    found = roofline.answers(work(), ceilings(), "float64")
+    assert not len(found.what_if)
+    said = doubts.of(found)
+    assert len(said) == 1 and "float64 were not measured: for prefill, decode, head" in said[0]
+    assert set(found.steps["binds"]) == {""}
+    # A part of a dtype without a ceiling is not held against the model's.
+    other = work()
+    other.parts.loc[other.parts["role"] == "vision_tower", "dtype"] = "float64"
+    said = doubts.of(roofline.answers(other, ceilings(), "bfloat16"))
+    assert len(said) == 1 and "float64 were not measured: for vision" in said[0]
+
+
+def test_what_is_faster_than_its_floor_and_noise_are_said():
+    assert doubts.of(roofline.answers(work(), ceilings(), "bfloat16")) == []
+    found = roofline.answers(work(), ceilings(read_bytes_per_s=Ceiling(1e11, 8e10, 1.2e11, 5)), "bfloat16")
+    table = found.stages.assign(attained=[1.2, 0.9, 1.1, float("nan")][: len(found.stages)])
+    late = roofline.Latencies(61.0, 12.15, 60.0, 24.0)
+    said = doubts.of(dataclasses.replace(found, stages=table, latencies=late))
+    assert said[0].startswith(f"faster than the floor: {table.index[0]}, {table.index[2]}, TTFT;")
+    assert said[1].startswith("noisy") and "read 40%" in said[1] and len(said) == 2
+
+
+def test_doubts_stand_in_the_report_the_page_and_the_commands(run, elsewhere):
+    from test_report import Page
+
+    from profkit import report, text
+
+    saved = profkit.load(run.path)
+    saved.ceilings = ceilings(
+        device="cpu",
+        flops_per_s={"float32": exactly(1e6)},
+        read_bytes_per_s=Ceiling(1e11, 8e10, 1.2e11, 5),
+    )
+    page = Page(report.html_of([saved])).text
+    lines = "\n".join(one for one in text.report(saved) if isinstance(one, str))
+    answers = "\n".join(one for one in roofline_text.report(saved.roofline()) if isinstance(one, str))
+    for said in (page, lines, answers):
+        assert "faster than the floor: " in said and "TTFT" in said
+    assert "noisy: rounds of the ceilings lie further apart than 5% (read 40%)" in page and "noisy" in lines
+    assert [one[:6] for one in roofline_text.as_dict(saved.roofline())["doubts"]] == ["faster", "noisy:"]
 
 
 # -- of a run, and on the command line -----------------------------------------------------------------
@@ -223,6 +277,19 @@ def test_the_command_of_a_run_keeps_the_ceilings(run, elsewhere, monkeypatch):
     assert len(asked) == 2
 
 
+def test_eighty_columns_hold_every_figure(run, elsewhere):
+    saved = profkit.load(run.path)
+    saved.ceilings = ceilings(upload_bytes_per_s=Ceiling(1.234e10, 1.111e10, 1.333e10, 5), device_name="NVIDIA L40S")
+    found = saved.roofline()
+    found = dataclasses.replace(found, stages=found.stages.assign(time_ms=123456.78, mfu=1.234, mbu=0.0123))
+    written = io.StringIO()
+    console = Console(file=written, width=80)
+    for part in (*roofline_text.ceilings_report(saved.ceilings), *roofline_text.report(found)):
+        console.print(part)
+    said = written.getvalue()
+    assert "…" not in said.replace(" … ", "") and said.count("123456.78") == len(found.stages)
+
+
 def test_the_command_of_a_run_from_another_device(run, elsewhere):
     manifest = json.loads((run.path / "run.json").read_text())
     other = run.path.parent / "other"
@@ -241,6 +308,18 @@ def test_damaged_ceilings_of_a_run_are_said(run, tmp_path):
     (tmp_path / "run" / "ceilings.json").write_text("{")
     again = profkit.load(tmp_path / "run")
     assert again.ceilings is None and "damaged" in again.unreadable[0] and len(again.stages())
+
+
+def test_the_command_says_that_a_runs_ceilings_were_damaged(run, elsewhere, tmp_path, monkeypatch):
+    from profkit import stress
+
+    saved = profkit.load(run.path)
+    saved.ceilings = None
+    saved.save(tmp_path / "run")
+    (tmp_path / "run" / "ceilings.json").write_text(json.dumps({**ceilings().to_record(), "launch_s": {"median": -1}}))
+    monkeypatch.setattr(stress, "measured", lambda device, progress: ceilings(device="cpu"))
+    done = command(str(tmp_path / "run"))
+    assert done.exit_code == 0 and "damaged" in done.stdout and "floor of TTFT" in done.stdout
 
 
 def test_the_command_of_a_run_without_work(run, tmp_path):
@@ -283,6 +362,74 @@ def test_the_report_has_a_point_for_each_stage(run):
         assert y == pytest.approx(table.loc[stage, "flops"] / table.loc[stage, "time_ms"] * 1e3)
     saved.work = None
     assert "Work was not counted" in Page(report.html_of([saved])).text
+
+
+def test_names_in_the_plot_cover_neither_points_nor_names():
+    from profkit import roofline_page as page
+
+    # Vision and prefill lie nearly in one place, the others around them.
+    names = ["vision", "prefill", "projector", "decode", "head"]
+    x, y = np.log10([142, 148, 69, 0.5, 0.496]), np.log10([50e9, 41e9, 67e9, 1.2e9, 2.3e9])
+    places = page.label_places(names, x, y, (5.0, 3.0))
+    at_x, at_y = x * page.PLOT[0] / 5, y * page.PLOT[1] / 3
+    boxes = [page._box(a, b, n, *page.PLACES[p]) for a, b, n, p in zip(at_x, at_y, names, places, strict=True)]
+    points = [(a - 5, a + 5, b - 5, b + 5) for a, b in zip(at_x, at_y, strict=True)]
+    for number, box in enumerate(boxes):
+        assert not any(page._overlap(box, one) for one in points)
+        assert not any(page._overlap(box, one) for one in boxes[:number])
+    assert page.label_places([], np.array([]), np.array([]), (1.0, 1.0)) == []
+
+
+def test_the_page_explains_the_columns_that_it_has(run):
+    from profkit import roofline_page
+
+    saved = profkit.load(run.path)
+    saved.ceilings = ceilings()
+    said = "".join(roofline_page.section(saved, "run"))
+    assert "ratio to it: time over floor" in said and "launch:" not in said and "of it: floor" not in said
+
+
+@pytest.mark.parametrize(
+    "wreck",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:100]),
+        lambda path: path.unlink(),
+        lambda path: pd.read_parquet(path).iloc[:0].to_parquet(path),
+    ],
+    ids=["cut", "gone", "empty"],
+)
+def test_work_that_is_lost_was_counted(run, wreck, tmp_path):
+    from profkit import roofline_page, text
+
+    profkit.load(run.path).save(tmp_path / "run")
+    wreck(tmp_path / "run" / "work.parquet")
+    saved = profkit.load(tmp_path / "run")
+    saved.ceilings = ceilings()
+    said = "".join(roofline_page.section(saved, "run"))
+    assert "Work was counted, and work.parquet is" in said and "not counted" not in said
+    assert list(text.report(saved))
+    done = command(str(tmp_path / "run"))
+    assert done.exit_code == 2 and "counted and is lost: work.parquet is" in done.stderr
+
+
+def test_without_marks_there_are_floors(run, tmp_path):
+    from test_report import Page
+
+    from profkit import report, text
+
+    whole = profkit.load(run.path)
+    whole.ceilings = ceilings()
+    whole.save(tmp_path / "run")
+    (tmp_path / "run" / "marks.parquet").unlink()
+    saved = profkit.load(tmp_path / "run")
+    page = Page(report.html_of([saved])).text
+    assert "How far from the limit cannot" not in page and "There are floors alone" in page and "nan" not in page
+    answers, wanted = saved.roofline(), whole.roofline()
+    assert answers.clock == "" and answers.stages["floor_ms"].to_dict() == wanted.stages["floor_ms"].to_dict()
+    assert answers.latencies == wanted.latencies
+    assert any("floor of TTFT" in one for one in text.limit_lines(saved))
+    saved.kept = None
+    assert roofline_text.as_dict(saved.roofline())["latency"]["ttft_ms"] is None
 
 
 def test_runs_are_compared_by_their_work(run):

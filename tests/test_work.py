@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import profkit
-from profkit import fakes, formulas, inspection, jobs, models, passes, samples, workload
+from profkit import fakes, formulas, inspection, jobs, models, passes, prompts, samples, workload
 from profkit.errors import InputError, MeasurementError
 from profkit.probes import sequences
 from profkit.work import FLOOR, QUANTITIES
@@ -139,6 +139,22 @@ def test_a_checkpoint_is_counted_without_reading_its_weights(tmp_path):
     assert work.total()["flops"] == preset.total()["flops"] and work.parts.equals(preset.parts)
 
 
+def test_the_attention_that_is_asked_for_is_counted_or_refused():
+    options = {**OPTIONS, "max_new_tokens": 2}
+    default, _ = jobs.count("tiny-llava", (), options, lambda what: None)
+    eager, _ = jobs.count("tiny-llava", (), {**options, "attention": "eager"}, lambda what: None)
+    loaded = models.load_model("tiny-llava", torch.device("cpu"))
+    models.choose_attention(loaded.model, "eager")
+    sample = samples.sample_for(loaded.processor, loaded.model, [], None, 2)
+    kwargs = {**passes.prepared(sample), "max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
+    real = workload.count(loaded.model, kwargs, inspection.anatomy_for(loaded.model, kwargs))
+    columns = ["flops", "operator_bytes", "operators"]
+    pd.testing.assert_frame_equal(eager.stages()[columns], real.stages()[columns])
+    assert eager.stages().loc["vision", "operators"] > default.stages().loc["vision", "operators"]
+    with pytest.raises(InputError, match="--attention flash_attention_2"):
+        jobs.count("tiny-llava", (), {**options, "attention": "flash_attention_2"}, lambda what: None)
+
+
 # -- sums, and the same without weights --------------------------------------------------------------
 
 
@@ -169,6 +185,8 @@ def test_the_three_systems(name, monkeypatch):
     # The same from the preset alone, with parts that structure tells.
     made, _ = jobs.count(name, (), {**OPTIONS, "max_new_tokens": 3}, lambda what: None)
     assert made.stages()["flops"].to_dict() == real.stages()["flops"].to_dict()
+    media_tokens = prompts.media_tokens(loaded.model, kwargs, anatomy)
+    assert made.about["media_tokens"] == media_tokens > 0
 
 
 ZOO = ["florence2", "gemma3", "idefics3", "mllama", "qwen2_audio", "qwen3_5_moe", "voxtral"]
