@@ -42,10 +42,11 @@ FLOORS = {
         "workload",
         "roofline",
     },
-    7: {"marking", "run", "inspection", "capabilities", "explanation"},
-    8: {"checks", "work_pass", "work_comparison"},
-    9: {"analysis", "capture", "sample_runs", "trace_file"},
-    10: {
+    7: {"run_work", "doubts"},
+    8: {"marking", "run", "inspection", "capabilities", "explanation"},
+    9: {"checks", "work_pass", "work_comparison"},
+    10: {"analysis", "capture", "sample_runs", "trace_file"},
+    11: {
         "sample_checks",
         "saved_checks",
         "text",
@@ -61,15 +62,15 @@ FLOORS = {
         "scalars",
         "overhead",
     },
-    11: {
+    12: {
         *("sample_text", "comparison_text", "sampling", "verification", "tracing", "verdict_sections"),
         *("roofline_page",),
     },
-    12: {"run_sections", "sample_sections", "side_by_side", "jobs"},
-    13: {"report", "limits"},
-    14: {"cli_reading", "viewing"},
-    15: {"cli_view", "cli_roofline"},
-    16: {"cli"},
+    13: {"run_sections", "sample_sections", "side_by_side", "jobs"},
+    14: {"report", "limits"},
+    15: {"cli_reading", "viewing"},
+    16: {"cli_view", "cli_roofline"},
+    17: {"cli"},
 }
 WITH_TORCH = {
     "cache",
