@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from profkit import fakes, formulas
 from profkit.errors import MeasurementError
@@ -177,7 +177,8 @@ class Counter(TorchDispatchMode):
                 return result
         ready = fakes.substitute(func, args, kwargs)
         result = ready if isinstance(ready, torch.Tensor) else func(*ready, **kwargs)
-        if not known.is_view:
+        # The transpose of a wrapped weight may be a new tensor, for which it was read.
+        if not known.is_view or (args and is_wrapped(args[0]) and not is_wrapped(result)):
             self._count(known, args, kwargs, result)
         return result
 
@@ -268,10 +269,22 @@ class Counter(TorchDispatchMode):
 
 def _kept_by(model: nn.Module) -> Iterator[torch.Tensor]:
     """Yield a model's parameters, buffers, and the tensors that its modules keep as plain attributes."""
-    yield from model.parameters()
-    yield from model.buffers()
-    for module in model.modules():
-        yield from (one for one in vars(module).values() if isinstance(one, torch.Tensor))
+    attributes = (one for module in model.modules() for one in vars(module).values() if isinstance(one, torch.Tensor))
+    for one in (*model.parameters(), *model.buffers(), *attributes):
+        yield from plain_tensors(one)
+
+
+def is_wrapped(value: Any) -> bool:
+    """Tell whether a value is a wrapper of tensors, with no data of its own."""
+    return bool(is_traceable_wrapper_subclass(value))
+
+
+def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors that a wrapper (of quantised weights, say) is made of; any other tensor alone."""
+    if not is_wrapped(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [inner for name in names for inner in plain_tensors(getattr(tensor, name))]
 
 
 def _part_of(scope: Scope) -> str:
@@ -283,7 +296,7 @@ def _part_of(scope: Scope) -> str:
 
 def _tensors_in(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        return [value]
+        return plain_tensors(value)
     if isinstance(value, list | tuple):
         return [one for inner in value for one in _tensors_in(inner)]
     return []

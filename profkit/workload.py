@@ -16,7 +16,7 @@ from torch import nn
 
 from profkit import cache, fakes, formulas
 from profkit.anatomy import Anatomy
-from profkit.counting import Counter
+from profkit.counting import Counter, plain_tensors
 from profkit.environment import device_of, preserved_random_state
 from profkit.errors import MeasurementError
 from profkit.ledger import Ledger, Scopes
@@ -254,7 +254,8 @@ def part_table(model: nn.Module, anatomy: Anatomy) -> pd.DataFrame:
     rows = []
     for part in anatomy.parts:
         own = list(model.get_submodule(part.path).parameters())
-        dtypes = sorted({str(one.dtype).removeprefix("torch.") for one in own})
+        held = [inner for one in own for inner in plain_tensors(one)]
+        dtypes = sorted({str(one.dtype).removeprefix("torch.") for one in held})
         count = sum(one.numel() for one in own)
-        rows.append((part.role, part.path, count, sum(one.nbytes for one in own), ", ".join(dtypes)))
+        rows.append((part.role, part.path, count, sum(one.nbytes for one in held), ", ".join(dtypes)))
     return pd.DataFrame(rows, columns=["role", "path", "parameters", "bytes", "dtype"])

@@ -11,6 +11,7 @@ import torch
 import transformers
 from test_roofline import ceilings
 from test_work import counted
+from torch.utils._pytree import tree_map
 
 from profkit import doubts, inspection, roofline, workload
 
@@ -112,3 +113,52 @@ def test_weights_that_are_packed_away_are_said():
     assert any("quantized::linear_dynamic reads weights" in one for one in doubts.of(found))
     assert not len(found.what_if)
     assert counted(builders.small_llava).about["packed"] == []
+
+
+class Int8(torch.Tensor):
+    """A weight of whole numbers and a scale a row, which looks like one of floats: as torchao makes them."""
+
+    @staticmethod
+    def __new__(cls, whole, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, whole.shape, dtype=scale.dtype, device=whole.device)
+
+    def __init__(self, whole, scale):
+        self.whole, self.scale = whole, scale
+
+    def __tensor_flatten__(self):
+        return ["whole", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, _, size, stride):
+        return Int8(inner["whole"], inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return Int8(args[0].whole, args[0].scale)
+
+        def plain(one):
+            return one.whole.to(one.scale.dtype) * one.scale if isinstance(one, Int8) else one
+
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
+
+
+def test_weights_in_a_wrapper_are_what_it_holds():
+    plain, kwargs = llama()
+    anatomy = inspection.anatomy_for(plain, kwargs)
+    wanted = workload.count(plain, kwargs, anatomy).steps()
+    model, _ = llama()
+    saved = 0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = module.weight.data
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            module.weight = torch.nn.Parameter(Int8((weight / scale).round().to(torch.int8), scale), False)
+            saved += 3 * weight.numel() - 4 * scale.numel()
+    work = workload.count(model, kwargs, anatomy)
+    steps, parts = work.steps(), work.parts.set_index("role")
+    assert (wanted["weight_bytes"] - steps["weight_bytes"]).tolist() == [saved] * 4
+    assert steps["activation_bytes"].tolist() == wanted["activation_bytes"].tolist()
+    assert steps["flops"].tolist() == wanted["flops"].tolist()
+    assert parts.loc["decoder_layers", "dtype"] == "float32, int8"
+    assert not set(roofline.what_if(work, roofline.Limits.of(ceilings(), work, "float32"))["bits"]) & {8, 4}
