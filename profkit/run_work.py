@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from profkit import roofline
 from profkit.ceilings import Ceilings
 from profkit.errors import InputError
 from profkit.work import Work
 
-if TYPE_CHECKING:
-    from profkit.run import Run
+Counted = Any
+"""A run.Run, which stands above this and asks it."""
 
 
-def counted(run: Run) -> Work:
+def counted(run: Counted) -> Work:
     """Return the work of a run. Raises InputError if it was not counted, or cannot be read."""
     if run.work is not None:
         return run.work
@@ -22,7 +22,7 @@ def counted(run: Run) -> Work:
     raise InputError("The work of this run was not counted: trace it again, without --no-work.")
 
 
-def roofline_of(run: Run, known: Ceilings | None) -> roofline.Roofline:
+def roofline_of(run: Counted, known: Ceilings | None) -> roofline.Roofline:
     """Return a run's roofline, with `known` ceilings or its own; without the marks of its passes, no times of stages.
 
     Raises InputError for a run whose work was not counted, or without ceilings.
