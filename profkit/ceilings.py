@@ -178,14 +178,15 @@ def write(found: Ceilings, path: Path) -> str:
             fresh.unlink(missing_ok=True)
 
 
-def kept_for(device_name: str, torch: str, threads: int) -> Ceilings | None:
-    """Return the newest ceilings kept for a device, whatever its driver; None if there are none."""
+def kept_for(device_name: str, torch: str, threads: int, driver: str | None = None) -> Ceilings | None:
+    """Return the newest ceilings kept for a device; None if there are none. `driver` None: whatever its driver."""
     found = [read(path)[0] for path in cache_folder().glob("*.json")] if cache_folder().is_dir() else []
     fits = [
         one
         for one in found
         if one is not None
         and (one.device_name, one.torch) == (device_name, torch)
+        and driver in (None, one.driver)
         # An accelerator does not care how many threads the host has.
         and (one.device != "cpu" or one.threads == threads)
     ]

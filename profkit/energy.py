@@ -55,11 +55,13 @@ class Nvml:
 
     name, update_s = "NVML, device", 0.1
 
-    def __init__(self, index: int, library: Any = None) -> None:
+    def __init__(self, index: int, library: Any = None, uuid: str = "") -> None:
         self._nvml = library or _pynvml()
         try:
             self._nvml.nvmlInit()
-            self._device = self._nvml.nvmlDeviceGetHandleByIndex(index)
+            # NVML counts every device of the machine, a program those that it may see: the number is another one.
+            by_uuid, by_index = self._nvml.nvmlDeviceGetHandleByUUID, self._nvml.nvmlDeviceGetHandleByIndex
+            self._device = by_uuid(f"GPU-{uuid}") if uuid else by_index(index)
             self.joules()
         except Exception as error:
             raise OSError(f"NVML does not tell the energy of device {index}: {error}") from error
@@ -77,12 +79,15 @@ def _pynvml() -> Any:
     return pynvml
 
 
-def meter_of(device: str, index: int = 0, root: Path | None = None) -> tuple[Meter | None, str]:
-    """Return the counter of a kind of device (cpu, cuda), or None and, in a sentence, why there is none."""
+def meter_of(device: str, index: int = 0, root: Path | None = None, uuid: str = "") -> tuple[Meter | None, str]:
+    """Return the counter of a kind of device (cpu, cuda), or None and, in a sentence, why there is none.
+
+    `uuid` tells which device of NVIDIA's it is, if known: its number counts those alone that this program may see.
+    """
     if device not in ("cpu", "cuda"):
         return None, f"Energy is not measured: profkit knows no counter of {device} devices."
     try:
-        return (Rapl(root or POWERCAP) if device == "cpu" else Nvml(index)), ""
+        return (Rapl(root or POWERCAP) if device == "cpu" else Nvml(index, uuid=uuid)), ""
     except (OSError, ValueError) as error:
         return None, f"Energy is not measured: no counter can be read ({error})."
 

@@ -36,7 +36,7 @@ def measure(
     """
     device = device_of(model)
     if meter is None:
-        meter, why = energy.meter_of(device.type, device.index or 0)
+        meter, why = energy.meter_of(device.type, device.index or 0, uuid=_uuid(device))
         if meter is None:
             return {"meter": None, "watts": None, "joules": {}, "notes": [why]}
 
@@ -124,3 +124,10 @@ def _waiting(call: Callable[[], object], device: torch.device) -> Callable[[], o
         synchronize(device)
 
     return run
+
+
+def _uuid(device: torch.device) -> str:
+    """Return what NVIDIA's tools call a device by, "" where torch does not tell."""
+    if device.type != "cuda":
+        return ""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))

@@ -62,6 +62,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "model_class": type(model).__name__,
         "device": str(device_of(model)),
         "device_name": device_name(device_of(model)),
+        "driver": driver(device_of(model)),
         "dtype": str(parameter.dtype).removeprefix("torch.") if parameter is not None else None,
         "parameters": sum(one.numel() for one in model.parameters()),
         "attention": getattr(config, "_attn_implementation", None),
@@ -114,6 +115,16 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(one for one in lines if one.startswith("model name")).partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def driver(device: torch.device) -> str:
+    """Return the versions of a device's driver and runtime, "" for a CPU."""
+    if device.type != "cuda":
+        return ""
+    runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    with suppress(Exception):
+        return f"{runtime}, driver {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
+    return runtime
 
 
 def machine_now(device: torch.device | None = None) -> dict[str, float]:

@@ -45,7 +45,7 @@ def of_run(run: Run, again: bool, progress: Report) -> tuple[Ceilings, list[str]
     about = run.manifest
     versions = about.get("versions") or {}
     threads = int(about.get("threads") or 0)
-    kept = ceilings.kept_for(str(about.get("device_name")), str(versions.get("torch")), threads)
+    kept = ceilings.kept_for(str(about.get("device_name")), str(versions.get("torch")), threads, about.get("driver"))
     found, notes = (kept, []) if kept is not None and not again else _measured_for(about, threads, again, progress)
     notes = [*(one for one in run.unreadable if "ceilings.json" in one), *notes]
     if run.path is not None:

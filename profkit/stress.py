@@ -11,7 +11,7 @@ import torch
 
 from profkit import ceilings
 from profkit.ceilings import Ceiling, Ceilings
-from profkit.environment import device_name, synchronize
+from profkit.environment import device_name, driver, synchronize
 from profkit.errors import MeasurementError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -70,16 +70,6 @@ def measured(device: torch.device, progress: Callable[[str], object] = lambda wh
             raise MeasurementError(f"Cannot measure {device}: {' '.join(str(error).split())[:200]}") from error
     about = (str(device.type), device_name(device), driver(device), str(torch.__version__), torch.get_num_threads())
     return Ceilings(*about, products, copies, reads, launch, upload, time.time(), tuple(notes))
-
-
-def driver(device: torch.device) -> str:
-    """Return the versions of a device's driver and runtime, "" for a CPU."""
-    if device.type != "cuda":
-        return ""
-    runtime = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
-    with suppress(Exception):
-        return f"{runtime}, driver {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
-    return runtime
 
 
 def file_of(device: torch.device) -> Path:

@@ -29,6 +29,7 @@ def verdicts(found: Sequence[Verdict]) -> Iterator[str]:
     if failed:
         yield page.items(failed, "failure")
     counts = ", ".join(f"{sum(said(one) == name for one in found)} {name}" for name in (*SAID.values(), FIGURE))
+    counts += "s" * (not counts.endswith(f" 1 {FIGURE}"))
     rows = pd.DataFrame(
         [(said(one), one.check, figure(one), one.sentence) for one in found],
         columns=[one.name for one in COLUMNS],

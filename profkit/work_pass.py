@@ -32,7 +32,9 @@ def add_work(result: Run, model: nn.Module, prepared: Callable[[], Mapping[str, 
     except Exception as error:
         notes.append(f"how many tokens are media is not known: {type(error).__name__}")
     about = result.manifest
-    result.ceilings = ceilings.kept_for(about["device_name"], about["versions"]["torch"], about["threads"])
+    result.ceilings = ceilings.kept_for(
+        about["device_name"], about["versions"]["torch"], about["threads"], about["driver"]
+    )
 
 
 def add_energy(result: Run, model: nn.Module, prepared: Callable[[], Mapping[str, Any]]) -> None:

@@ -83,6 +83,8 @@ def test_they_are_kept_by_device_driver_and_version(tmp_path, monkeypatch):
     assert kept.read(path) == (one, "")
     assert kept.kept_for("Test Device", "2.x", threads=99) == one
     assert kept.kept_for("Test Device", "3.x", threads=4) is None
+    assert kept.kept_for("Test Device", "2.x", threads=99, driver=one.driver) == one
+    assert kept.kept_for("Test Device", "2.x", threads=99, driver="another") is None
     cpu = ceilings(device="cpu", device_name="A processor")
     kept.write(cpu, kept.file_of(cpu.device_name, cpu.driver, cpu.torch, cpu.threads))
     assert kept.kept_for("A processor", "2.x", threads=4) == cpu

@@ -42,13 +42,16 @@ class FakeNvml:
     def nvmlDeviceGetHandleByIndex(self, index):
         return f"device {index}"
 
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        return {"GPU-abc": "device 2"}[uuid]
+
     def nvmlDeviceGetTotalEnergyConsumption(self, device):
         assert device == "device 2"
         return self.values.pop(0)
 
 
 def test_nvml_tells_joules():
-    assert Nvml(2, FakeNvml()).joules() == 3.5
+    assert Nvml(2, FakeNvml()).joules() == Nvml(0, FakeNvml(), uuid="abc").joules() == 3.5
     with pytest.raises(OSError, match="does not tell"):
         Nvml(2, FakeNvml(error=RuntimeError("Not Supported")))
 
@@ -131,7 +134,7 @@ def test_a_trace_measures_energy_where_it_is_asked_and_can(monkeypatch, tmp_path
     assert sum("Energy is not measured" in note for note in run.manifest["notes"]) == 1
     machine = Machine(update_s=0.01)
     machine.joules = lambda: 7.0 * time.perf_counter()
-    monkeypatch.setattr(energy, "meter_of", lambda *_: (machine, ""))
+    monkeypatch.setattr(energy, "meter_of", lambda *_, **__: (machine, ""))
     run = profkit.trace(model, kwargs, energy=True, out=tmp_path / "with", **plan)
     found = profkit.load(run.path).manifest["energy"]
     assert set(found["joules"]) == {"vision", "prefill", "decode"} and found["watts"] == pytest.approx(7, rel=0.2)
