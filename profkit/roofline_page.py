@@ -15,6 +15,9 @@ from profkit.page import Column
 from profkit.roofline import Roofline
 from profkit.run import Run
 
+MOST_STEPS = 100
+"""Rows of the table of steps: those that follow lie on a line with them."""
+
 
 def section(run: Run, key: str) -> Iterator[str]:
     """Yield what a run's page says of its limits; where something is missing, what."""
@@ -43,7 +46,7 @@ def section(run: Run, key: str) -> Iterator[str]:
     )
     yield page.paragraph(roofline_text.media_line(found))
     yield page.paragraph(line) if (line := roofline_text.energy_line(run.manifest.get("energy"))) else ""
-    yield page.fold("Every step", [page.table(_readable(found.steps), STEPS)])
+    yield page.fold("Every step", [page.table(_readable(found.steps), STEPS, MOST_STEPS)])
     if len(found.what_if):
         yield page.fold(
             "Other batches, fewer bits: by arithmetic, nothing was run", [page.table(found.what_if, CHANGES)]
