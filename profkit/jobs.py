@@ -144,12 +144,13 @@ def inspect(
     """Load the model and return its anatomy, the table of its parts and its capabilities."""
     quiet_libraries()
     progress("importing torch and transformers")
-    from profkit import capabilities, inspection
+    from profkit import capabilities, inspection, passes
 
     loaded = _load(name, options, progress)
     kwargs = dict(loaded.generate_kwargs or {})
     if inputs or hasattr(loaded.processor, "image_processor") or hasattr(loaded.processor, "media"):
-        kwargs = _sample_kwargs(_sample(loaded, inputs, {**options, "max_new_tokens": 4}))
+        sample = _sample(loaded, inputs, {**options, "max_new_tokens": 4})
+        kwargs = passes.prepared(sample) if sample else {}
     progress("watching a short generate()")
     found = inspection.inspect(loaded.model, parts=parse_parts(options["part"]), **kwargs)
     abilities = []
@@ -243,7 +244,3 @@ def _generate_options(loaded: Loaded, options: Options) -> dict[str, Any]:
     if options.get("min_new_tokens") is not None:
         chosen["min_new_tokens"] = options["min_new_tokens"]
     return chosen
-
-
-def _sample_kwargs(sample: Sample | None) -> dict[str, Any]:
-    return dict(sample.transfer(sample.preprocess(sample.load()))) if sample else {}

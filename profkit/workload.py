@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import nn
 
 from profkit import cache, fakes, formulas
 from profkit.anatomy import Anatomy
+from profkit.arguments import fresh
 from profkit.counting import Counter, plain_tensors
 from profkit.environment import device_of, preserved_random_state
 from profkit.errors import MeasurementError
@@ -25,7 +25,6 @@ from profkit.plan import Granularity, is_compiled
 from profkit.probes import Instrument
 from profkit.spans import Spans
 from profkit.work import QUANTITIES, Work, work_table
-from profkit.wrapping import Wrappers
 
 PROMPTS = ("inputs_embeds", "input_ids", "inputs")
 FEW = 6
@@ -124,12 +123,14 @@ class Counting:
         counter, scopes = Counter(model, original), Scopes()
         ledger = Ledger(scopes, now=counter.tick)
         follow = counter.following(scopes.list)
-        instrument = Instrument(model, self.anatomy, ledger, self.granularity, None, follow, counter.begin_step)
-        # A cache given by the user would remember this pass in the next one.
-        fresh = {key: copy.deepcopy(value) if key == "past_key_values" else value for key, value in kwargs.items()}
-        counter.hold_cache(_filled(fresh.get("past_key_values")))
-        with _eagerly(model), _watching_cache(model, self.anatomy, counter), instrument, counter:
-            model.generate(**fresh)  # type: ignore[operator]
+        instrument = Instrument(
+            *(model, self.anatomy, ledger, self.granularity, None, follow, counter.begin_step),
+            on_output=functools.partial(_note_cache, counter) if self.anatomy.path("decoder") is not None else None,
+        )
+        given = fresh(kwargs)
+        counter.hold_cache(_filled(given.get("past_key_values")))
+        with _eagerly(model), instrument, counter:
+            model.generate(**given)  # type: ignore[operator]
         self.operators = operator_table(counter)
         self.about["packed"] = sorted(counter.packed)
         sums = np.array(counter.ticks, dtype=np.int64).reshape(-1, len(QUANTITIES))
@@ -215,28 +216,11 @@ def _filled(given: Any) -> Iterator[torch.Tensor]:
         yield from cache.tensors_of(given)
 
 
-@contextmanager
-def _watching_cache(model: nn.Module, anatomy: Anatomy, counter: Counter) -> Iterator[None]:
-    """Tell the counter, after each pass of the decoder, what the cache holds."""
-    path, wrappers = anatomy.path("decoder"), Wrappers()
-    if path is not None:
-        decoder = model.get_submodule(path)
-        bound = decoder.forward
-
-        @functools.wraps(bound)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            output = bound(*args, **kwargs)
-            with suppress(Exception):
-                held = getattr(output, "past_key_values", None)
-                counter.note_cache(cache.tensors_of(held if held is not None else kwargs.get("past_key_values")))
-            return output
-
-        wrappers.put(decoder, "forward", watched)
-        wrappers.active = True
-    try:
-        yield
-    finally:
-        wrappers.remove()
+def _note_cache(counter: Counter, given: Mapping[str, Any], output: Any) -> None:
+    """Tell the counter what the cache holds after a pass of the decoder."""
+    with suppress(Exception):
+        held = getattr(output, "past_key_values", None)
+        counter.note_cache(cache.tensors_of(held if held is not None else given.get("past_key_values")))
 
 
 def operator_table(counter: Counter) -> pd.DataFrame:
